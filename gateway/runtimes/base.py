@@ -1,0 +1,118 @@
+"""What a runtime is: the way to start one kind of server, and nothing about MCP.
+
+A runtime turns a frozen spec into a place to speak to, for as long as an ``async with`` block lasts:
+
+    async with runtime.open(spec, surroundings) as place:   # started here
+        ...                                                 # place is a Pipe or an Origin
+                                                            # stopped here, also when cancelled
+
+A new one is one file that exports ``RUNTIME`` (design.md section 8).
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+
+__all__ = ["Guard", "Origin", "Pipe", "Place", "Runtime", "Surroundings"]
+
+
+class Pipe(Protocol):
+    """Bytes in and bytes out: a process's stdin and stdout, a container's or a pod's attached streams.
+
+    Writing is non-blocking on purpose: the link writes at once when nothing is queued, and only the rest of a frame
+    waits (design.md section 12), so a cancelled call can never leave half a frame behind.
+    """
+
+    def write_nowait(self, data: bytes | memoryview) -> int:
+        """Write what fits now and return how many bytes that was (0: nothing fits). Raises LinkLost once closed."""
+
+    async def wait_writable(self) -> None:
+        """Return when ``write_nowait`` may accept bytes again. Cancellable at any time. Raises LinkLost once closed."""
+
+    async def receive_some(self) -> bytes:
+        """The next bytes from the server, b"" at its end. Cancellation loses nothing. Never raises OSError."""
+
+    async def wait_exited(self) -> None:
+        """Return when the server is known to have ended: a process exited, whoever may still hold its streams.
+
+        ``receive_some`` then gives what was already written and b"". Cancellable."""
+
+    def diagnosis(self) -> str:
+        """Why it ended or misbehaves, for people: "process exited with code 1: last stderr lines". Secrets removed."""
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """Facts for /servers/ID, such as {"pid": 4711}. JSON values only."""
+
+
+@attrs.frozen
+class Origin:
+    """A server that is reached by HTTP: an absolute URL and the headers every request to it carries.
+
+    ``transport`` makes the httpx transport to use (unix sockets, tunnels); None means the ordinary one.
+    ``allow_private`` is the address policy of RB55: "auto", True or False.
+    """
+
+    url: str
+    headers: tuple[tuple[str, str], ...] = ()
+    transport: Callable[[], Any] | None = None
+    allow_private: bool | str = "auto"
+    details: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+Place = Pipe | Origin
+
+
+class Guard(Protocol):
+    """Kills process groups that outlive the gateway. ``runtimes.ProcessGuard`` is the real one."""
+
+    def prepare(self) -> None:
+        """Be ready to watch. Blocks for milliseconds: called in a worker thread, before something is started."""
+
+    def watch(self, group: int) -> None:
+        """From now on, kill this process group when the gateway dies without having said ``forget``."""
+
+    def forget(self, group: int) -> None:
+        """This group has ended in good order."""
+
+
+@attrs.frozen
+class Surroundings:
+    """What a runtime is told besides its spec.
+
+    variables      the complete environment of the server (already filtered and substituted, compat K5)
+    stop_grace     seconds between the polite and the forced end
+    log            takes one line of the server's stderr, without the newline, already bounded in length
+    redact         removes secrets from a text that people will read
+    guard          see Guard; None in tests that need none
+    catalog_dir    relative paths in the spec mean this folder
+    """
+
+    server_id: str
+    variables: Mapping[str, str]
+    stop_grace: float = 10.0
+    log: Callable[[str], None] = lambda line: None
+    redact: Callable[[str], str] = lambda text: text
+    guard: Guard | None = None
+    catalog_dir: Path = Path()
+
+
+@attrs.frozen
+class Runtime:
+    """One way to start servers: its YAML ``type`` names, its spec class (the YAML schema) and its context manager.
+
+    ``open`` raises StartFailed with a sentence that names what is wrong; cancelled or not, leaving the block stops
+    whatever was started within a bounded time. ``open`` None: the type validates, and starting it answers
+    "not available in this build".
+    """
+
+    type: str
+    spec: builtins.type[Any]
+    open: Callable[[Any, Surroundings], AbstractAsyncContextManager[Place]] | None
+    aliases: tuple[str, ...] = ()

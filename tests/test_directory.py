@@ -1,0 +1,60 @@
+"""Merging listings under unique, stable, short names (protocol.md section 5)."""
+
+from __future__ import annotations
+
+import json
+
+from gateway.config.model import ServerSpec
+from gateway.directory import NAME_LIMIT, Listing, merge, shorten
+
+
+def spec(id: str, prefix: str | None = None) -> ServerSpec:
+    return ServerSpec(id, None, "x", prefix=prefix)
+
+
+def names(text: str, member: str = "tools", key: str = "name") -> list[str]:
+    return [item[key] for item in json.loads(text)[member]]
+
+
+def test_tools_are_prefixed_also_with_one_server_and_the_rest_of_an_item_is_kept() -> None:
+    item = {"name": "echo", "inputSchema": {"type": "object"}, "x": 1.0, "_meta": {"k": None}}
+    merged = merge("tools/list", [(spec("a"), Listing("tools/list", (item,)))])
+    assert json.loads(merged.text)["tools"] == [{**item, "name": "a__echo"}]
+    assert merged.routes["a__echo"].name == "echo"
+    assert merged.routes["a__echo"].spec.id == "a"
+
+
+def test_empty_prefix_keeps_names_and_the_later_of_two_equal_ones_is_prefixed() -> None:
+    listing = Listing("tools/list", ({"name": "echo"},))
+    merged = merge("tools/list", [(spec("a", ""), listing), (spec("b", ""), listing)])
+    assert names(merged.text) == ["echo", "b__echo"]
+    assert merged.routes["b__echo"].spec.id == "b"
+    assert len(merged.problems) == 1
+
+
+def test_long_names_are_cut_with_a_stable_hash() -> None:
+    one, two = shorten("server__" + "n" * 120 + "1"), shorten("server__" + "n" * 120 + "2")
+    assert len(one) == len(two) == NAME_LIMIT
+    assert one != two
+    assert one == shorten("server__" + "n" * 120 + "1")
+
+
+def test_uris_stay_while_unique() -> None:
+    listing = Listing("resources/list", ({"uri": "file:///x", "name": "x"},))
+    merged = merge("resources/list", [(spec("a"), listing), (spec("b"), listing)])
+    assert names(merged.text, "resources", "uri") == ["file:///x", "b+file:///x"]
+    assert merged.routes["b+file:///x"].name == "file:///x"
+
+
+def test_missing_servers_are_named() -> None:
+    merged = merge("tools/list", [], {"dead": "process exited with code 1"})
+    assert json.loads(merged.text) == {
+        "tools": [],
+        "_meta": {"io.github.open-mcp-gateway/unavailable": {"dead": "process exited with code 1"}},
+    }
+
+
+def test_items_without_a_usable_name_are_left_out() -> None:
+    items = ({"name": 5}, {"x": 1}, {"name": ""}, {"name": "ok"})
+    merged = merge("tools/list", [(spec("a"), Listing("tools/list", items))])
+    assert names(merged.text) == ["a__ok"]

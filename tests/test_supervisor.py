@@ -1,0 +1,523 @@
+"""Units: start once, idle stop, backoff, circuit, slots, retirement; on the virtual clock with scripted servers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from scripted import SCRIPTED, MemoryPipe, Script, ScriptedSpec
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from gateway.auth.principal import ANONYMOUS, Principal
+from gateway.config.model import Catalog, ServerSpec, Settings
+from gateway.config.snapshot import Snapshot
+from gateway.errors import LinkLost, Overloaded, StartFailed, UpstreamTimeout
+from gateway.exchange import Ask, Client, Exchange, Reply
+from gateway.hub import Hub
+from gateway.lifecycle import Phase
+from gateway.protocol.eras import Era
+from gateway.protocol.message import Message, decode_request
+from gateway.runtimes.base import Surroundings
+from gateway.supervisor import Directions, Supervisor, Unit
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.asks: list[Ask] = []
+        self.notes: list[str] = []
+        self.marks: list[str] = []
+
+    def ask(self, ask: Ask) -> bool:
+        self.asks.append(ask)
+        return True
+
+    def notify(self, text: str) -> None:
+        self.notes.append(text)
+
+    def mark(self, topic: str) -> None:
+        self.marks.append(topic)
+
+
+def client(key: str = "c", **more: Any) -> Client:
+    return Client(key, Era.LEGACY, "2025-11-25", **more)
+
+
+class House:
+    """A supervisor over scripted servers."""
+
+    def __init__(self, nursery: trio.Nursery, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.hub = Hub()
+        self.supervisor = Supervisor(
+            Directions(
+                {"scripted": SCRIPTED},
+                lambda spec: Surroundings(spec.id, {}),
+                lambda: self.settings,
+                {"name": "test", "version": "0"},
+            ),
+            self.hub,
+        )
+        self.scope = trio.CancelScope()
+        self.nursery = nursery
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with self.scope:
+            await self.supervisor.run(task_status=task_status)
+
+    def unit(self, script: Script, who: Client | None = None, principal: Principal = ANONYMOUS, **more: Any) -> Unit:
+        spec = ServerSpec("s", ScriptedSpec(script), "scripted", **more)
+        return self.supervisor.unit(spec, who or client(), principal)
+
+
+@pytest.fixture
+async def house(nursery: trio.Nursery) -> House:
+    house = House(nursery)
+    await nursery.start(house.run)
+    return house
+
+
+def exchange(seconds: float = 30.0, method: str = "tools/call", params: str = '{"name":"x"}') -> Exchange:
+    message = decode_request(f'{{"jsonrpc":"2.0","id":1,"method":"{method}","params":{params}}}')
+    return Exchange(message, ANONYMOUS, Snapshot(), client(), "s", trio.current_time() + seconds)
+
+
+async def call(unit: Unit, seconds: float = 30.0, **more: Any) -> Message:
+    ex = exchange(seconds, **more)
+    if not unit.try_enter():
+        await unit.enter(ex.deadline)
+    got = unit.begin(ex)
+    while True:
+        event = await got.next()
+        if isinstance(event, Reply):
+            return event.message
+
+
+def mute(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+    """Answers nothing."""
+
+
+async def test_L2_P5_a_thousand_first_calls_start_one_server(house: House, autojump_clock: MockClock) -> None:
+    script = Script(start_seconds=1)
+    unit = house.unit(script)
+    replies = []
+
+    async def one() -> None:
+        replies.append(await call(unit))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(1000):
+            nursery.start_soon(one)
+    assert len(replies) == 1000
+    assert script.starts == 1
+    assert unit.state.phase is Phase.READY
+
+
+async def test_L8_A9_idle_stop_is_the_deadline(house: House, autojump_clock: MockClock) -> None:
+    script = Script()
+    unit = house.unit(script, idle_timeout_seconds=300)
+    await call(unit)
+    await trio.sleep(299)
+    assert unit.state.phase is Phase.READY
+    await call(unit)
+    await trio.sleep(299)
+    assert unit.state.phase is Phase.READY, "the second call moved the deadline"
+    await trio.sleep(2)
+    assert (unit.state.phase, script.running) == (Phase.IDLE, 0)
+    await call(unit)
+    assert script.starts == 2
+
+
+async def test_G6_zero_never_stops(house: House, autojump_clock: MockClock) -> None:
+    unit = house.unit(Script(), idle_timeout_seconds=0)
+    await call(unit)
+    await trio.sleep(1e6)
+    assert unit.state.phase is Phase.READY
+
+
+async def test_L9_a_call_in_flight_and_a_hold_keep_it(house: House, autojump_clock: MockClock) -> None:
+    script = Script(answer=mute)
+    unit = house.unit(script, idle_timeout_seconds=5)
+    with pytest.raises(UpstreamTimeout):
+        await call(unit, seconds=100)
+    assert script.running == 1
+    unit.hold()
+    await trio.sleep(100)
+    assert script.running == 1
+    unit.unhold()
+    await trio.sleep(6)
+    assert script.running == 0
+
+
+async def test_L16_RB04_timeout_leaves_the_server_and_drops_the_late_reply(
+    house: House, autojump_clock: MockClock
+) -> None:
+    late: list[dict[str, Any]] = []
+
+    def answer(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+        if message.get("method") == "tools/call":
+            late.append(message)
+        elif "id" in message:
+            pipe.say({"jsonrpc": "2.0", "id": message["id"], "result": {}})
+
+    script = Script(answer=answer)
+    unit = house.unit(script)
+    started = trio.current_time()
+    with pytest.raises(UpstreamTimeout, match="did not answer within 3"):
+        await call(unit, seconds=3)
+    assert 3 <= trio.current_time() - started < 3.2
+    assert script.seen[-1]["method"] == "notifications/cancelled"
+    assert script.seen[-1]["params"]["requestId"] == late[0]["id"]
+    script.pipe.say({"jsonrpc": "2.0", "id": late[0]["id"], "result": {"late": True}})
+    reply = await call(unit, method="prompts/get")
+    assert reply.result == {}
+    assert script.starts == 1
+
+
+async def test_A9_RB06_crashes_back_off_by_the_table_and_open_the_circuit(
+    house: House, autojump_clock: MockClock
+) -> None:
+    script = Script(fail_starts=7)
+    unit = house.unit(script)
+    for wait in (0, 1, 2, 4):
+        with pytest.raises(StartFailed, match="exited with code 1"):
+            await call(unit)
+        if wait:
+            starts = script.starts
+            with pytest.raises(StartFailed, match="times in a row") as caught:
+                await call(unit)
+            assert caught.value.retry_after is not None
+            assert wait * 0.8 <= caught.value.retry_after <= wait * 1.2
+            assert caught.value.status == 502
+            assert script.starts == starts, "refused without a process"
+            await trio.sleep(caught.value.retry_after)
+    with pytest.raises(StartFailed):
+        await call(unit)
+    assert unit.state.circuit_open
+    for _ in range(2):
+        with pytest.raises(StartFailed, match="circuit open, next attempt in 30"):
+            await call(unit)
+        await trio.sleep(30)
+        with pytest.raises(StartFailed, match="exited"):
+            await call(unit)
+    await trio.sleep(30)
+    await call(unit)
+    assert unit.state.phase is Phase.READY
+
+
+async def test_A9_manual_start_skips_the_wait(house: House, autojump_clock: MockClock) -> None:
+    script = Script(fail_starts=3)
+    unit = house.unit(script)
+    for _ in range(2):
+        with pytest.raises(StartFailed):
+            await call(unit)
+    with pytest.raises(StartFailed, match="exited"):
+        await unit.ready(by_hand=True)
+    await unit.ready(by_hand=True)
+    assert unit.state.phase is Phase.READY
+
+
+async def test_RB05_L7_silent_handshake_fails_at_the_start_timeout_for_every_waiter(
+    house: House, autojump_clock: MockClock
+) -> None:
+    script = Script(silent=True)
+    unit = house.unit(script, start_timeout_seconds=20, max_connections_per_server=2)
+    failed = []
+
+    async def one() -> None:
+        with pytest.raises(StartFailed, match=r"no handshake within 20 s \(start_timeout_seconds\)"):
+            await call(unit, seconds=60)
+        failed.append(trio.current_time())
+
+    begin = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(one)
+    assert len(failed) == 10
+    assert max(failed) - begin < 20.5
+    assert (script.starts, script.running) == (1, 0)
+
+
+async def test_RB07_callers_wait_to_their_own_deadline_and_the_start_goes_on(
+    house: House, autojump_clock: MockClock
+) -> None:
+    script = Script(start_seconds=30)
+    unit = house.unit(script)
+    begin = trio.current_time()
+    with pytest.raises(UpstreamTimeout, match="still starting"):
+        await call(unit, seconds=10)
+    assert trio.current_time() - begin == 10
+    await call(unit, seconds=25)
+    assert script.starts == 1
+
+
+async def test_RB03_P2_a_crash_fails_its_calls_and_replays_none(house: House, autojump_clock: MockClock) -> None:
+    def crash(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+        if message.get("method") == "tools/call":
+            pipe.exit(3)
+
+    script = Script(answer=crash)
+    unit = house.unit(script)
+    with pytest.raises(LinkLost, match="exited with code 3"):
+        await call(unit)
+    script.answer = None
+    assert unit.state.failures == 0 or unit.state.phase is not Phase.READY
+    await call(unit)
+    assert script.methods().count("tools/call") == 2
+    assert unit.state.failures == 1
+
+
+async def test_RB02_exit_while_idle_is_just_stopped(house: House, autojump_clock: MockClock) -> None:
+    script = Script()
+    unit = house.unit(script)
+    await call(unit)
+    script.pipe.exit(0)
+    await unit.stopped()
+    assert (unit.state.phase, unit.state.failures) == (Phase.IDLE, 0)
+    await call(unit)
+    assert script.starts == 2
+
+
+async def test_L15_slots_are_bounded_and_fair(house: House, autojump_clock: MockClock) -> None:
+    waiting: list[dict[str, Any]] = []
+    script = Script(answer=lambda pipe, m: waiting.append(m) if "id" in m else None)
+    unit = house.unit(script, max_connections_per_server=3)
+    done: list[int] = []
+
+    async def one(n: int) -> None:
+        await trio.sleep(n / 1000)
+        await call(unit, params=f'{{"n":{n}}}')
+        done.append(n)
+
+    async with trio.open_nursery() as nursery:
+        for n in range(9):
+            nursery.start_soon(one, n)
+        await trio.sleep(1)
+        assert [m["params"]["n"] for m in waiting] == [0, 1, 2]
+        while len(done) < 9:
+            message = waiting.pop(0)
+            script.pipe.say({"jsonrpc": "2.0", "id": message["id"], "result": {}})
+            await wait_all_tasks_blocked()
+    assert done == list(range(9))
+    assert unit.active == 0
+
+
+async def test_L15_waiting_counts_toward_the_timeout(house: House, autojump_clock: MockClock) -> None:
+    unit = house.unit(Script(answer=mute), max_connections_per_server=1)
+    async with trio.open_nursery() as nursery:
+
+        async def first() -> None:
+            with pytest.raises(UpstreamTimeout):
+                await call(unit, seconds=20)
+
+        nursery.start_soon(first)
+        await trio.sleep(1)
+        begin = trio.current_time()
+        with pytest.raises(UpstreamTimeout, match="busy"):
+            await call(unit, seconds=5)
+        assert trio.current_time() - begin == 5
+
+
+async def test_a_cancelled_waiter_gives_its_place_and_slot_back(house: House, autojump_clock: MockClock) -> None:
+    script = Script(start_seconds=2, answer=mute)
+    unit = house.unit(script, max_connections_per_server=1)
+    for delay in (0.5, 1, 3):
+        with trio.move_on_after(delay):
+            await call(unit)
+        await trio.testing.wait_all_tasks_blocked()
+    # the last one was in flight; its slot comes back at its timeout at the latest
+    await trio.sleep(40)
+    assert unit.active == 0
+
+
+async def test_W5_L6_a_replaced_unit_finishes_its_calls_then_stops(house: House, autojump_clock: MockClock) -> None:
+    held: list[dict[str, Any]] = []
+    script = Script(answer=lambda pipe, m: held.append(m) if "id" in m else None)
+    old = house.unit(script)
+    results = []
+
+    async def one() -> None:
+        results.append(await call(old))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one)
+        await wait_all_tasks_blocked()
+        new_spec = attrs.evolve(old.spec, description="edited")
+        house.supervisor.apply(Catalog((new_spec,)))
+        assert house.supervisor.unit(new_spec, client(), ANONYMOUS) is not old
+        await trio.sleep(5)
+        assert script.running == 1
+        script.pipe.say({"jsonrpc": "2.0", "id": held[0]["id"], "result": {}})
+    await old.stopped()
+    assert len(results) == 1
+    assert script.running == 0
+    assert old not in house.supervisor.units()
+
+
+async def test_W6_unchanged_keeps_its_unit(house: House, autojump_clock: MockClock) -> None:
+    unit = house.unit(Script())
+    await call(unit)
+    house.supervisor.apply(Catalog((attrs.evolve(unit.spec),)))
+    assert house.supervisor.unit(attrs.evolve(unit.spec), client(), ANONYMOUS) is unit
+    assert unit.link is not None
+
+
+async def test_isolation_session_gives_each_client_its_own_and_ends_with_it(
+    house: House, autojump_clock: MockClock
+) -> None:
+    script = Script()
+    one, two = client("1", capabilities={"roots": {}}, owner=Owner()), client("2", owner=Owner())
+    units = [house.unit(script, who, isolation="session") for who in (one, two, one)]
+    assert units[0] is units[2]
+    assert units[0] is not units[1]
+    for unit in units:
+        await call(unit)
+    assert script.running == 2
+    sent = [m["params"]["capabilities"] for m in script.seen if m.get("method") == "initialize"]
+    assert sent == [{"roots": {}}, {}]
+    house.supervisor.close_client(one)
+    await units[0].stopped()
+    assert (script.running, house.supervisor.units()) == (1, [units[1]])
+
+
+@pytest.mark.parametrize(
+    ("isolation", "expected"), [("shared", 1), ("tenant", 2), ("principal", 3), ("session", 4), ("call", 4)]
+)
+async def test_isolation_values_decide_who_shares(
+    house: House, autojump_clock: MockClock, isolation: Any, expected: int
+) -> None:
+    script = Script()
+    callers = [
+        (client("1"), Principal("a", "t1")),
+        (client("2"), Principal("a", "t1")),
+        (client("3"), Principal("b", "t1")),
+        (client("4"), Principal("c", "t2")),
+    ]
+    for who, principal in callers:
+        await call(house.unit(script, who, principal, isolation=isolation))
+    assert script.starts == expected
+    if isolation == "call":
+        await wait_all_tasks_blocked()
+        assert (script.running, house.supervisor.units()) == (0, [])
+
+
+async def test_questions_go_to_the_only_call_or_the_owner_and_never_to_a_shared_servers_client(
+    house: House, autojump_clock: MockClock
+) -> None:
+    script = Script()
+    shared = house.unit(script)
+    await call(shared)
+    script.pipe.say(
+        {"jsonrpc": "2.0", "id": "r", "method": "roots/list"},
+        {"jsonrpc": "2.0", "id": "e", "method": "elicitation/create", "params": {}},
+        {"jsonrpc": "2.0", "id": "p", "method": "ping"},
+    )
+    await wait_all_tasks_blocked()
+    answers = {m["id"]: m for m in script.seen if m.get("id") in ("r", "e", "p")}
+    assert answers["r"]["error"]["code"] == -32601
+    assert answers["e"]["result"] == {"action": "cancel"}
+    assert answers["p"]["result"] == {}
+
+    owner = Owner()
+    mine = house.unit(script, client("m", owner=owner), isolation="session")
+    await call(mine)
+    script.pipe.say({"jsonrpc": "2.0", "id": 9, "method": "roots/list"})
+    await wait_all_tasks_blocked()
+    assert [ask.message.method for ask in owner.asks] == ["roots/list"]
+    owner.asks[0].answer(decode_request('{"jsonrpc":"2.0","id":"x","result":{"roots":[]}}'))
+    assert script.seen[-1] == {"jsonrpc": "2.0", "id": 9, "result": {"roots": []}}
+    script.pipe.say({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
+    script.pipe.say({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 1}})
+    await wait_all_tasks_blocked()
+    assert owner.marks == ["tools"]
+    assert len(owner.notes) == 1
+
+
+async def test_L9_a_resource_subscription_keeps_the_unit_and_survives_its_restart(
+    house: House, autojump_clock: MockClock
+) -> None:
+    script = Script()
+    owner = Owner()
+    who = client("m", owner=owner)
+    unit = house.unit(script, who, idle_timeout_seconds=5)
+    await call(unit)
+    unit.subscribed("test://a", who)
+    await trio.sleep(60)
+    assert script.running == 1
+    script.pipe.exit(1)
+    await unit.stopped()
+    await call(unit)
+    assert script.methods().count("resources/subscribe") == 1
+    script.pipe.say({"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": {"uri": "test://a"}})
+    await wait_all_tasks_blocked()
+    assert owner.marks == ["resource:test://a"]
+    house.supervisor.close_client(who)
+    await trio.sleep(6)
+    assert script.methods().count("resources/unsubscribe") == 1
+    assert script.running == 0
+
+
+async def test_G19_max_units_and_max_parallel_starts(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    house = House(nursery, Settings(max_units=3, max_parallel_starts=2))
+    await nursery.start(house.run)
+    script = Script(start_seconds=1)
+    units = [house.unit(script, note, isolation="session") for note in map(client, "abcd")]
+    begin = trio.current_time()
+    async with trio.open_nursery() as inner:
+        for unit in units[:3]:
+            inner.start_soon(unit.ready)
+    assert trio.current_time() - begin == 2, "two at once, then the third"
+    with pytest.raises(Overloaded, match="max_units"):
+        await call(units[3])
+
+
+async def test_P6_L17_shutdown_stops_all_units_in_parallel(house: House, autojump_clock: MockClock) -> None:
+    script = Script(stop_seconds=5)
+    for key in "abc":
+        await call(house.unit(script, client(key), isolation="session"))
+    assert script.running == 3
+    begin = trio.current_time()
+    house.scope.cancel()
+    while script.running:
+        await trio.sleep(0.1)
+    assert trio.current_time() - begin < 5.2
+    with pytest.raises(Overloaded, match="shutting down"):
+        await call(house.unit(script, client("z"), isolation="session"))
+
+
+async def test_a_stop_by_hand_fails_calls_in_flight_and_counts_no_failure(
+    house: House, autojump_clock: MockClock
+) -> None:
+    script = Script(answer=mute)
+    unit = house.unit(script)
+    errors = []
+
+    async def one() -> None:
+        try:
+            await call(unit)
+        except LinkLost as error:
+            errors.append(error.message)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one)
+        await wait_all_tasks_blocked()
+        unit.stop_soon("by hand")
+    await unit.stopped()
+    assert errors == ["Server 's' was stopped"]
+    assert (unit.state.phase, unit.state.failures) == (Phase.IDLE, 0)
+    assert unit.active == 0
+
+
+async def test_L10_counters_survive_stops(house: House, autojump_clock: MockClock) -> None:
+    script = Script()
+    unit = house.unit(script)
+    await call(unit)
+    unit.stop_soon("by hand")
+    await unit.stopped()
+    await call(unit)
+    script.answer = mute
+    with pytest.raises(UpstreamTimeout):
+        await call(unit, seconds=1)
+    counters = house.supervisor.counters_of("s")
+    assert (counters.requests, counters.errors) == (3, 1)
