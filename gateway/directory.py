@@ -1,0 +1,105 @@
+"""What clients may list, and where a listed name leads.
+
+A ``Listing`` is what one server answered to one list method, drained page by page and kept as raw item texts. A merged
+table joins the listings of several servers under names that are unique, at most NAME_LIMIT long and stable (protocol.md
+section 5): only the name inside an item is rewritten. Routing looks a name up in the table; names are never split.
+Everything here is synchronous; the router fetches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import attrs
+
+from gateway.config.model import ServerSpec
+from gateway.protocol.message import dumps, quote
+
+__all__ = ["LISTS", "NAME_LIMIT", "Listing", "Merged", "Route", "merge", "prefix_of"]
+
+NAME_LIMIT: Final = 48
+"""Hosts add prefixes of their own, and model APIs cut names at 64 characters."""
+
+LISTS: Final[Mapping[str, tuple[str, str]]] = {
+    "tools/list": ("tools", "name"),
+    "prompts/list": ("prompts", "name"),
+    "resources/list": ("resources", "uri"),
+    "resources/templates/list": ("resourceTemplates", "uriTemplate"),
+}
+"""List method -> (member of the result that holds the items, member of an item that names it)."""
+
+
+@attrs.frozen
+class Listing:
+    """The items of one server for one list method, as decoded JSON, in the server's order."""
+
+    method: str
+    items: tuple[Mapping[str, Any], ...] = ()
+
+
+@attrs.frozen
+class Route:
+    """Where a merged name leads: the server and its own name for the thing."""
+
+    spec: ServerSpec
+    name: str
+
+
+@attrs.frozen
+class Merged:
+    """One list over several servers: the result as JSON text, and the way back from each name.
+
+    ``problems`` holds a sentence for each name that had to be changed beyond its prefix.
+    """
+
+    text: str
+    routes: Mapping[str, Route]
+    problems: tuple[str, ...] = ()
+
+
+def prefix_of(spec: ServerSpec) -> str:
+    """What stands before a server's names in the merged view: ``ID__`` unless configured."""
+    if spec.prefix is None:
+        return f"{spec.id}__"
+    return spec.prefix
+
+
+def shorten(name: str, limit: int = NAME_LIMIT) -> str:
+    """A name of at most ``limit`` characters: longer ones keep their head and end in a stable 6-digit hash."""
+    if len(name) <= limit:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{name[: limit - 7]}_{digest}"
+
+
+def merge(
+    method: str, listings: Iterable[tuple[ServerSpec, Listing]], missing: Mapping[str, str] | None = None
+) -> Merged:
+    """Join listings in catalog order. ``missing`` names the servers that could not be listed, and why.
+
+    Tools and prompts are prefixed. URIs stay as they are while unique; the later of two equal ones gets its server's id
+    as a scheme prefix (``files+file:///x``).
+    """
+    member, key = LISTS[method]
+    by_uri = key != "name"
+    routes: dict[str, Route] = {}
+    texts: list[str] = []
+    problems: list[str] = []
+    for spec, listing in listings:
+        prefix = "" if by_uri else prefix_of(spec)
+        for item in listing.items:
+            own = item.get(key)
+            if not isinstance(own, str) or not own:
+                continue
+            name = own if by_uri else shorten(prefix + own)
+            if name in routes:
+                name = f"{spec.id}+{own}" if by_uri else shorten(f"{spec.id}__{own}")
+                problems.append(f"{method}: '{own}' of '{spec.id}' clashes with another server's; it is '{name}'")
+                if name in routes:
+                    continue
+            routes[name] = Route(spec, own)
+            texts.append(dumps(item if name == own else {**item, key: name}))
+    meta = "" if not missing else ',"_meta":{"io.github.open-mcp-gateway/unavailable":' + dumps(dict(missing)) + "}"
+    return Merged(f"{{{quote(member)}:[{','.join(texts)}]{meta}}}", routes, tuple(problems))
