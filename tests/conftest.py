@@ -1,0 +1,50 @@
+"""Fixtures for every test file: the built archive, and the real programs that tests/real/install.sh installs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def gateway_pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of this tree, built once a session by the Python that runs the tests.
+
+    MCP_GATEWAY_PYZ names one that is already built. Tests that replace or damage it do so to a copy.
+    """
+    if built := os.environ.get("MCP_GATEWAY_PYZ"):
+        return Path(built).resolve()
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, str(ROOT / "build_zipapp.py"), "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "gateway.pyz"
+
+
+@pytest.fixture(scope="session")
+def real_part() -> Callable[[str], Path]:
+    """``real_part("py/sdk")`` is the folder of one part of tests/real/install.sh.
+
+    Where it is not installed the test is skipped, and fails under MCP_GATEWAY_REAL=1: CI does without nothing.
+    """
+    cache = os.environ.get("MCP_TEST_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(cache) if cache else Path(home) / "open-mcp-gateway-tests"
+
+    def part(name: str) -> Path:
+        found = folder / name
+        if not found.is_dir():
+            missing = f"{found} is not there; install it with tests/real/install.sh {name.rpartition('/')[2]}"
+            if os.environ.get("MCP_GATEWAY_REAL") == "1":
+                pytest.fail(missing)
+            pytest.skip(missing)
+        return found
+
+    return part
