@@ -1,0 +1,289 @@
+"""The frozen values that a config and a catalog become. No I/O, no YAML, no environment.
+
+A YAML key is the attribute of the same name, its default stands here, its meaning in the README's reference.
+Everything is immutable and hashable: a ``ServerSpec`` is the key of the unit that runs it (design.md section 7), so
+two equal definitions are one unit and an edited one is another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import attrs
+
+__all__ = [
+    "API_KEY_VARIABLE",
+    "Catalog",
+    "Isolation",
+    "LogLevel",
+    "Redactor",
+    "Secret",
+    "ServerSpec",
+    "Settings",
+    "StringMap",
+    "Tenant",
+    "Text",
+    "parse_listen_addr",
+    "reveal",
+    "secrets_of",
+    "server_environment",
+]
+
+Isolation = Literal["shared", "session", "tenant", "principal", "call"]
+LogLevel = Literal["trace", "debug", "info", "warn", "error"]
+
+API_KEY_VARIABLE: Final = "MCP_GATEWAY_API_KEY"
+"""Is ``api_key`` where the config has none (compat C14); no server inherits it (K5)."""
+
+NOT_YAML: Final = {"yaml": False}
+"""Metadata of fields that the loader fills in; the file can't."""
+
+
+@attrs.frozen(repr=False, str=False)
+class Secret:
+    """A string that came out of ``${}``: compares by value, shows only the template it was written as.
+
+    ``parts`` are the variables in it with their values, so that a text that quotes only one of them is redacted too.
+    """
+
+    template: str = attrs.field(eq=False)
+    value: str
+    parts: tuple[tuple[str, str], ...] = attrs.field(default=(), eq=False)
+
+    def __repr__(self) -> str:
+        return f"Secret({self.template!r})"
+
+    __str__ = __repr__
+
+
+Text = str | Secret
+
+
+def reveal(text: Text) -> str:
+    """The real string. Call it where the value leaves the gateway, never where something is shown."""
+    return text.value if isinstance(text, Secret) else text
+
+
+@attrs.frozen
+class StringMap:
+    """A YAML map of strings, kept as sorted pairs so that it hashes."""
+
+    items: tuple[tuple[str, Text], ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[str, Text]]:
+        return iter(self.items)
+
+    def revealed(self) -> dict[str, str]:
+        """Names and real values."""
+        return {name: reveal(value) for name, value in self.items}
+
+    def shown(self) -> dict[str, str]:
+        """Names and what people may see: literals, and templates where a value came from ``${}``."""
+        return {name: value.template if isinstance(value, Secret) else value for name, value in self.items}
+
+
+@attrs.frozen
+class Tenant:
+    """Who a key belongs to, and which catalog namespaces it may see (compat G13)."""
+
+    id: str
+    api_key: Text
+    namespaces: tuple[str, ...] = ()
+
+
+@attrs.frozen(cache_hash=True)
+class ServerSpec:
+    """One entry of the catalog. ``runtime`` is a runtime's own spec; None for an override means the config's value.
+
+    ``runtime_type`` is the ``type`` as it was written. With ``unset`` variables the entry is shown but must not be
+    started: what they are part of is empty, or only something of the right type (compat G16).
+    """
+
+    id: str
+    runtime: Any
+    runtime_type: str = attrs.field(default="", metadata=NOT_YAML)
+    display_name: str = ""
+    description: str = ""
+    env: StringMap = StringMap()
+    inherit_env: bool = True
+    tags: tuple[str, ...] = ()
+    namespace: str = "default"
+    isolation: Isolation = "shared"
+    prefix: str | None = None
+    idle_timeout_seconds: float | None = None
+    request_timeout_seconds: float | None = None
+    start_timeout_seconds: float | None = None
+    stop_grace_seconds: float | None = None
+    max_connections_per_server: int | None = None
+    max_message_bytes: int | None = None
+    health_check_interval_seconds: float | None = None
+    unset: tuple[str, ...] = attrs.field(default=(), metadata=NOT_YAML)
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.display_name or self.id
+
+    def or_default(self, key: str, settings: Settings) -> Any:
+        """This entry's value of an overridable key, else the config's."""
+        own = getattr(self, key)
+        return getattr(settings, key) if own is None else own
+
+
+@attrs.frozen
+class Settings:
+    """config.yaml. Times are in seconds, sizes in bytes; 0 switches a timeout off where the README says so."""
+
+    listen_addr: str = "127.0.0.1:4444"
+    catalog_path: Path = Path("catalog.yaml")
+    log_level: LogLevel = "info"
+    log_format: Literal["text", "json"] = "text"
+    api_key: Text | None = None
+    tenants: tuple[Tenant, ...] = ()
+    cors_enabled: bool = True
+    cors_origins: tuple[str, ...] = ("*",)
+    allowed_hosts: tuple[str, ...] | None = None
+    hot_reload: bool = True
+    idle_timeout_seconds: float = 300
+    health_check_interval_seconds: float = 30
+    max_connections_per_server: int = 10
+    request_timeout_seconds: float = 30
+    start_timeout_seconds: float = 60
+    stop_grace_seconds: float = 10
+    drain_timeout_seconds: float = 30
+    session_idle_seconds: float = 1800
+    max_sessions: int = 10_000
+    park_timeout_seconds: float = 300
+    max_parked: int = 1000
+    max_units: int = 500
+    max_parallel_starts: int = 8
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_message_bytes: int = 16 * 1024 * 1024
+    max_connections: int = 4096
+    runtimes: tuple[str, ...] = ()
+    variables: frozenset[str] = attrs.field(default=frozenset(), metadata=NOT_YAML)
+    """The variables that the config names in ``${}``."""
+
+
+@attrs.frozen
+class Catalog:
+    """The servers in the order of the file. ``variables`` are the names in ``${}`` by server id.
+
+    They are not part of the specs: a server that is told the same under another name has not changed (compat W5).
+    """
+
+    servers: tuple[ServerSpec, ...] = ()
+    path: Path = Path("catalog.yaml")
+    variables: Mapping[str, frozenset[str]] = attrs.field(factory=dict, eq=False)
+    by_id: Mapping[str, ServerSpec] = attrs.field(init=False, eq=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "by_id", {s.id: s for s in self.servers})
+
+
+# ----------------------------------------------------------------------------------------------- what a server inherits
+ALWAYS_INHERITED: Final = ("PATH", "HOME", "LANG", "TMPDIR", "USER")
+
+
+def server_environment(
+    spec: ServerSpec, catalog: Catalog, settings_variables: Collection[str], environ: Mapping[str, str]
+) -> dict[str, str]:
+    """The complete environment of one server's process (compat K5).
+
+    It inherits ``environ`` less the gateway's key and less every variable that the config (``settings_variables``, see
+    Settings.variables) or another entry names in ``${}``, as those are others' secrets. ALWAYS_INHERITED is none, even
+    if somebody writes ``${HOME}``; it is all that comes through with ``inherit_env: false``. The entry's own ``env``
+    goes on top and so brings anything back.
+    """
+    if spec.inherit_env:
+        hidden = {API_KEY_VARIABLE, *settings_variables}
+        for server_id, names in catalog.variables.items():
+            if server_id != spec.id:
+                hidden |= names
+        hidden.difference_update(ALWAYS_INHERITED)
+        inherited = {name: value for name, value in environ.items() if name not in hidden}
+    else:
+        inherited = {name: environ[name] for name in ALWAYS_INHERITED if name in environ}
+    return inherited | spec.env.revealed()
+
+
+# ------------------------------------------------------------------------------------------------------------ redaction
+class Redactor:
+    """Puts templates where the values of secrets stand in a text that people will read.
+
+    Values shorter than 4 characters are left alone: they are everywhere, and hiding them would hide the text.
+    """
+
+    SHORTEST: Final = 4
+    SHORTEST_LINE: Final = 8
+
+    def __init__(self, secrets: Collection[Secret]) -> None:
+        self._shown: dict[str, str] = {}
+        for secret in secrets:
+            self._hide(secret.value, secret.template)
+        for name, value in {part for secret in secrets for part in secret.parts}:
+            self._hide(value, f"${{{name}}}")
+        # The longest first, so that a value which contains another one is replaced as a whole.
+        values = sorted(self._shown, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, values))) if values else None
+
+    def _hide(self, value: str, template: str) -> None:
+        if len(value) >= self.SHORTEST:
+            self._shown[value] = template
+        lines = value.splitlines()
+        if len(lines) > 1:  # a key in PEM, which shows up line by line
+            for line in lines:
+                if len(line) >= self.SHORTEST_LINE:
+                    self._shown.setdefault(line, template)
+
+    def redact(self, text: str) -> str:
+        """The text with every known secret replaced by the template it was written as."""
+        if self._pattern is None:
+            return text
+        return self._pattern.sub(lambda found: self._shown[found.group()], text)
+
+
+def secrets_of(*values: Any) -> Redactor:
+    """All secrets inside the given Settings, Catalogs, ServerSpecs or parts of them."""
+    found: dict[int, Secret] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Secret):
+            found[id(value)] = value
+        elif isinstance(value, tuple | list | frozenset):
+            waiting.extend(value)
+        elif attrs.has(type(value)):
+            waiting.extend(getattr(value, field.name) for field in attrs.fields(type(value)) if field.init)
+    return Redactor(list(found.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------- addresses
+_HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+
+
+def parse_listen_addr(text: str) -> tuple[str, int]:
+    """Host and port of "127.0.0.1:4444", "[::1]:4444", "name:4444" or ":4444" (every IPv4 address, as "0.0.0.0").
+
+    Port 0 lets the system choose. Raises ValueError with a sentence that fits after the key's name.
+    """
+    host, colon, digits = text.rpartition(":")
+    if not colon:
+        raise ValueError('expected HOST:PORT, such as "127.0.0.1:4444"')
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 5 and int(digits) <= 65535):
+        raise ValueError("the port must be a number from 0 to 65535")
+    if host.startswith("[") and host.endswith("]"):
+        import ipaddress  # late: only the few who write IPv6 need it here
+
+        try:
+            return str(ipaddress.IPv6Address(host[1:-1])), int(digits)
+        except ValueError:
+            raise ValueError("there is no IPv6 address between the brackets") from None
+    if ":" in host:
+        raise ValueError('write an IPv6 address in brackets, such as "[::1]:4444"')
+    if host and not _HOST.fullmatch(host):
+        raise ValueError("the host is neither a name nor an address")
+    return host or "0.0.0.0", int(digits)
