@@ -131,7 +131,7 @@ class PipeLink:
         receive, feed, line = self._pipe.receive_some, decoder.feed, self._line
         while data := await receive():
             for item in feed(data):
-                if type(item) is Oversize:
+                if isinstance(item, Oversize):
                     self._oversize(item)
                 else:
                     line(item)

@@ -1,0 +1,342 @@
+"""Streamable HTTP, 2025-03-26 to 2025-11-25, from the client's side."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+import httpx
+import trio
+
+from gateway.errors import GatewayError, LinkLost, ServerProtocolError, UpstreamError, UpstreamTimeout
+from gateway.exchange import Call, Reply
+from gateway.protocol import handshake
+from gateway.protocol.message import (
+    ERROR,
+    RESULT,
+    Malformed,
+    Message,
+    build_notification,
+    decode_reply,
+    split_batch,
+    text_of,
+)
+from gateway.protocol.sse import EVENT_STREAM, Decoder
+from gateway.upstream.http_link import JSON_BODY, HttpLink, NoStreamableHttp, body_of, content_type, one_line
+
+__all__ = ["StreamableLink"]
+
+log = logging.getLogger("gateway_core")
+
+BOTH: Final = f"application/json, {EVENT_STREAM}"
+DRAIN: Final = 0.1
+"""Seconds to wait for the end of a stream whose reply has come, so that its connection can be used again."""
+REOPEN: Final = 1.0
+"""Seconds before an ended event stream is asked for again, unless the server names another time."""
+MAX_REOPEN: Final = 30.0
+MAX_RESUMES: Final = 3
+"""Failed attempts in a row to take up a broken stream."""
+RENEW_LIMIT: Final = 30.0
+"""Seconds for a handshake that replaces a lost session."""
+
+_visible = re.compile(r"[\x21-\x7e]{1,4096}").fullmatch
+_about_session = re.compile(r"session|not initialized", re.IGNORECASE).search
+
+
+class _SessionLost(Exception):
+    """The server does not know the session, so it has not run what was sent."""
+
+
+class _Trail:
+    """What is known of an event stream across its connections: the last event id and when to ask again."""
+
+    __slots__ = ("id", "wait")
+
+    def __init__(self) -> None:
+        self.id = ""
+        self.wait = REOPEN
+
+    def follow(self, decoder: Decoder) -> None:
+        self.id = decoder.last_event_id
+        if decoder.retry is not None:
+            self.wait = min(max(decoder.retry / 1000, 0.1), MAX_REOPEN)
+
+
+class StreamableLink(HttpLink):
+    """Streamable HTTP: every call is a POST with its own answer, the session's own stream is a GET."""
+
+    transport_name = "streamable-http"
+    prefers_sole_call = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._session = ""
+        self._version = ""
+        self._offered = ""
+        self._renewing = trio.Lock()
+        self._listening = trio.CancelScope()
+        self._replay: dict[str, tuple[str, str]] = {}
+
+    # ------------------------------------------------------------------------------------------------------- opening
+    async def open(self) -> None:
+        """Do the handshake. Raises UpstreamError; NoStreamableHttp where an older transport may be tried."""
+        terms = self._terms
+        await self._initialize(terms.capabilities, terms.timeout)
+        if not self._session and terms.capabilities:
+            # Without a session it has no way to ask a client anything (protocol.md section 4.6): don't offer it.
+            await self._initialize({}, terms.timeout)
+
+    async def _initialize(self, capabilities: Mapping[str, Any], timeout: float) -> None:
+        method, params = handshake.opening(capabilities, self._terms.info, self._terms.version)
+        self._offered = ""
+        facts = handshake.conclude(await self.request(method, params, timeout=timeout))
+        session, version = self._offered, str(facts["protocolVersion"])
+        if not session:
+            self._can_ask = False
+            facts = {**facts, "capabilities": _deliverable(facts["capabilities"])}
+        # Only a session that knows of ``initialized`` takes calls, so the old one is kept until then.
+        with trio.move_on_after(timeout):
+            await self._submit(build_notification(handshake.INITIALIZED), self._headers(session, version))
+            self.facts, self._session, self._version = facts, session, version
+            self._listening.cancel()
+            if session:
+                self._listening = trio.CancelScope()
+                self._nursery.start_soon(self._listen, self._listening)
+            return
+        raise UpstreamTimeout(f"Server '{self.server_id}' did not take the initialized notice within {timeout:.3g} s")
+
+    async def _renew(self, stale: str) -> None:
+        """Open another session in the place of a lost one, once however many calls found out (RB54).
+
+        What the old one was told (log level, subscriptions) is told again. Raises GatewayError when that fails; the
+        link is then lost.
+        """
+        async with self._renewing:
+            if self._session != stale or self.lost is not None:
+                return
+            log.info("Server lost its session; opening another", extra={"fields": {"server_id": self.server_id}})
+            try:
+                capabilities = self._terms.capabilities if self._can_ask else {}
+                await self._initialize(capabilities, min(self._terms.timeout, RENEW_LIMIT))
+            except GatewayError as error:
+                self.lose(LinkLost(f"{error.message} (after its session was lost)"))
+                raise
+        for method, params in list(self._replay.values()):
+            try:
+                await self.request(method, params, timeout=10.0)
+            except GatewayError as error:
+                log.warning("server %s did not take %s again: %s", self.server_id, method, error)
+
+    async def goodbye(self) -> None:
+        """End the session (405 is a fine answer)."""
+        if self._session:
+            with suppress(GatewayError):
+                async with self._send("DELETE", self._target.url, self._headers(self._session, self._version)):
+                    pass
+
+    def _headers(self, session: str, version: str) -> list[tuple[bytes, bytes]]:
+        headers = [(b"accept", BOTH.encode())]
+        if session:
+            headers.append((b"mcp-session-id", session.encode()))
+        if version:
+            headers.append((b"mcp-protocol-version", version.encode()))
+        return headers
+
+    async def _post(self, text: str) -> None:
+        await self._submit(text, self._headers(self._session, self._version))
+
+    async def _submit(self, text: str, headers: list[tuple[bytes, bytes]]) -> None:
+        async with self._send("POST", self._target.url, [*headers, JSON_BODY], text.encode()) as response:
+            if response.status_code >= 300:
+                raise await self._refusal(response)
+            await self._discard(response)
+
+    # --------------------------------------------------------------------------------------------------------- calls
+    async def _converse(self, call: Call, body: bytes) -> None:
+        for last in (False, True):
+            # The handshake belongs to no session and to no version yet.
+            opening = call.exchange.message.method == "initialize"
+            session = "" if opening else self._session
+            headers = self._headers(session, "" if opening else self._version)
+            trail = _Trail()
+            try:
+                async with self._send("POST", self._target.url, [*headers, JSON_BODY], body) as response:
+                    await self._follow(call, response, trail, session)
+            except _SessionLost:
+                if last:
+                    raise UpstreamError(f"Server '{self.server_id}' lost its session twice in a row") from None
+                await self._renew(session)
+                continue
+            except LinkLost:
+                if not trail.id:
+                    raise
+            if not call.done:
+                await self._resume(call, trail, headers)
+            return
+
+    async def _follow(self, call: Call, response: httpx.Response, trail: _Trail, session: str) -> None:
+        """Take the answer to a POST. Returns without a reply only when a stream has ended."""
+        status, kind = response.status_code, content_type(response)
+        opening = call.exchange.message.method == "initialize"
+        if status < 300:
+            if opening:
+                self._offered = self._session_id(response)
+            if kind == EVENT_STREAM:
+                await self._stream(call, response, trail)
+                return
+            if kind != "application/json":
+                raise self._nonsense(f"answered {status} with {kind[:60] or 'nothing'} instead of a JSON-RPC reply")
+            self._body(call, await self._read(response, self._max))
+            return
+        if 400 <= status < 500 and status not in (401, 403, 429):
+            if kind == "application/json":
+                self._error_body(call, status, await self._read(response, self._max), session)
+            if call.done:
+                return
+            if status == 404 and session:
+                raise _SessionLost
+            if opening and status in (400, 404, 405):
+                error = await self._refusal(response)
+                raise NoStreamableHttp(error.message)
+        raise await self._refusal(response)
+
+    def _body(self, call: Call, data: bytes) -> None:
+        """A JSON body: the reply, or a batch with it inside (2025-03-26)."""
+        try:
+            text = text_of(one_line(data))
+            for entry in split_batch(text) or [text]:
+                self._message(decode_reply(entry), call)
+        except Malformed as error:
+            raise self._nonsense(f"sent a body that is no JSON-RPC message ({error})") from error
+        if not call.done:
+            raise self._nonsense("sent a body without the reply to this request")
+
+    def _error_body(self, call: Call, status: int, data: bytes, session: str) -> None:
+        """A body that came with 4xx: a JSON-RPC error is the reply, whatever its id, unless the session is gone."""
+        try:
+            message = decode_reply(one_line(data))
+        except Malformed:
+            return
+        if message.kind is not ERROR:
+            return
+        ours = message.id == call.id
+        code, text = message.result.get("code"), str(message.result.get("message", ""))
+        if not ours and session and (status == 404 or (status == 400 and _about_session(text))):
+            # TypeScript's examples answer 400 for a session they do not know. Either way nothing has run.
+            raise _SessionLost
+        opening = call.exchange.message.method == "initialize"
+        if opening and status in (400, 404, 405) and code not in (-32020, -32021, -32022):
+            raise NoStreamableHttp(
+                f"Server '{self.server_id}' at {self._target.name} answered initialize with HTTP {status}: {text[:200]}"
+            )
+        if self.pending.drop(call):
+            call.finish(Reply(message))
+
+    def _session_id(self, response: httpx.Response) -> str:
+        session: str = response.headers.get("mcp-session-id", "")
+        if session and not _visible(session):
+            raise self._nonsense("gave a session id that is not visible ASCII")
+        return session
+
+    def _replied(self, call: Call, reply: Message) -> None:
+        """Remember what another session would have to be told."""
+        message = call.exchange.message
+        if reply.kind is not RESULT or not message.method.startswith(("logging/", "resources/")):
+            return
+        if message.method == "logging/setLevel":
+            self._replay["level"] = (message.method, message.params_text())
+        elif message.method == "resources/subscribe":
+            self._replay[f"uri {message.param('uri')}"] = (message.method, message.params_text(call.exchange.changes))
+        elif message.method == "resources/unsubscribe":
+            self._replay.pop(f"uri {message.param('uri')}", None)
+
+    # ------------------------------------------------------------------------------------------------------- streams
+    async def _stream(self, call: Call | None, response: httpx.Response, trail: _Trail) -> None:
+        """Read one event stream to its end, or until the call has its reply. Raises LinkLost when it breaks off."""
+        decoder = Decoder(self._max, trail.id)
+        try:
+            async with body_of(response) as chunks:
+                async for chunk in chunks:
+                    for event in decoder.feed(chunk):
+                        self._event(event, call)
+                    trail.follow(decoder)
+                    if call is None:
+                        continue
+                    if call.done:
+                        with trio.move_on_after(DRAIN):
+                            async for _ in chunks:
+                                pass
+                        return
+                    if decoder.overflowing:
+                        raise self._too_large()
+        finally:
+            trail.follow(decoder)
+
+    async def _resume(self, call: Call, trail: _Trail, headers: list[tuple[bytes, bytes]]) -> None:
+        """Take a stream up again that ended before its reply (2025-11-25, resumability and polling)."""
+        failures = 0
+        if not trail.id:
+            raise LinkLost(f"Server '{self.server_id}' ended its event stream before it had answered")
+        if call.exchange.message.method == "initialize":
+            headers = self._headers(self._offered, "")
+        while not call.done:
+            await trio.sleep(trail.wait)
+            if not _visible(trail.id):
+                raise self._nonsense("gave an event id that is not visible ASCII")
+            before = trail.id
+            refusal: GatewayError | None = None
+            try:
+                wanted = [*headers, (b"last-event-id", trail.id.encode())]
+                async with self._send("GET", self._target.url, wanted) as response:
+                    if response.status_code == 200 and content_type(response) == EVENT_STREAM:
+                        await self._stream(call, response, trail)
+                    else:
+                        refusal = await self._refusal(response)
+            except ServerProtocolError:
+                raise
+            except UpstreamError:
+                failures = 0 if trail.id != before else failures + 1
+                if failures >= MAX_RESUMES:
+                    raise
+            if refusal is not None:
+                raise LinkLost(f"{refusal.message}; the broken stream of this call could not be taken up again")
+
+    async def _listen(self, scope: trio.CancelScope) -> None:
+        """Keep the session's own stream open, until there is none or the session is replaced."""
+        trail = _Trail()
+        failures = 0
+        with scope:
+            while self.lost is None:
+                headers = self._headers(self._session, self._version)
+                if trail.id and _visible(trail.id):
+                    headers.append((b"last-event-id", trail.id.encode()))
+                try:
+                    async with self._send("GET", self._target.url, headers) as response:
+                        status = response.status_code
+                        if status == 200 and content_type(response) == EVENT_STREAM:
+                            failures = 0
+                            await self._stream(None, response, trail)
+                        elif status != 429 and status < 500:
+                            # 405: it has none. 404 means the same or a lost session, which the next call finds out.
+                            return
+                        else:
+                            failures += 1
+                except UpstreamError as error:
+                    failures += 1
+                    log.debug("the event stream of server %s broke: %s", self.server_id, error)
+                await trio.sleep(min(trail.wait * 2 ** min(failures, 5), MAX_REOPEN))
+
+
+def _deliverable(capabilities: Mapping[str, Any]) -> dict[str, Any]:
+    """What a server without a session can keep of its claims (protocol.md section 4.6)."""
+    kept: dict[str, Any] = {}
+    for name, value in capabilities.items():
+        if name == "logging":
+            continue
+        if type(value) is dict:
+            value = {k: v for k, v in value.items() if k not in ("listChanged", "subscribe")}
+        kept[name] = value
+    return kept

@@ -1,0 +1,33 @@
+"""What a link is told about its server and the gateway, whichever way the server is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from gateway.exchange import Ask
+from gateway.protocol.eras import LATEST_LEGACY
+from gateway.protocol.message import Message
+
+__all__ = ["Terms"]
+
+
+@attrs.frozen
+class Terms:
+    """How to introduce ourselves to a server, and where to put what it says by itself.
+
+    capabilities  declared to the server: empty for a shared one, exactly its client's for an isolated one
+    isolated      one client owns the server
+    """
+
+    server_id: str
+    on_notice: Callable[[Message], None]
+    on_ask: Callable[[Ask], bool]
+    info: Mapping[str, Any]
+    capabilities: Mapping[str, Any] = attrs.field(factory=dict)
+    version: str = LATEST_LEGACY
+    isolated: bool = False
+    max_message_bytes: int = 16 * 1024 * 1024
+    timeout: float = 60.0
