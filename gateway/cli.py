@@ -1,0 +1,140 @@
+"""The command line: ``http``, ``stdio``, ``check``, ``version``, and the two names of the original's programs.
+
+Nothing heavy is imported before the arguments are understood. Every way out has one of the codes of compat C16: 0 a
+clean end, 1 bad files or a taken port, 2 wrong usage; and no traceback ever reaches a user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import gateway
+
+__all__ = ["main"]
+
+LEVELS = ("trace", "debug", "info", "warn", "error")
+PROGRAMS = {"gateway-http": "http", "gateway-stdio": "stdio"}
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the program and return its exit status. ``prog`` is the name it was called by (argv[0])."""
+    words = sys.argv[1:] if argv is None else argv
+    name = Path(prog or sys.argv[0]).name
+    name = name.removesuffix(".pyz").removesuffix(".py")
+    _tell_children()
+    command = PROGRAMS.get(name)
+    try:
+        if command is None:
+            options = _everything().parse_args(words)
+            command = options.command
+        else:
+            options = _only(name, command).parse_args(words)
+        return _run(command, options)
+    except SystemExit as leaving:  # argparse: 0 after --help and --version, 2 after a mistake
+        return leaving.code if isinstance(leaving.code, int) else 2
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        # The last resort. What is expected has been said better by now; this is a defect, and a user can do nothing
+        # with its traceback.
+        if os.environ.get("MCP_GATEWAY_TRACEBACK"):
+            raise
+        print(f"{name}: internal error: {type(error).__name__}: {error}", file=sys.stderr)
+        print("Set MCP_GATEWAY_TRACEBACK=1 to see where, and please report it.", file=sys.stderr)
+        return 1
+
+
+def _tell_children() -> None:
+    """Where this program is, for ``${MCP_GATEWAY_PYTHON}`` and ``${MCP_GATEWAY_MAIN}`` in a catalog."""
+    package = Path(gateway.__file__).parent
+    archive = package.parent
+    os.environ["MCP_GATEWAY_PYTHON"] = os.path.abspath(sys.executable)
+    os.environ["MCP_GATEWAY_MAIN"] = os.path.abspath(archive if archive.is_file() else package)
+
+
+def _run(command: str | None, options: argparse.Namespace) -> int:
+    if command == "version":
+        return _version()
+    if command == "check" or getattr(options, "validate", False):
+        from gateway import app
+
+        return app.check(app.HttpOptions(options.config, getattr(options, "listen_addr", None), None, options.catalog))
+    if command == "http":
+        from gateway import app
+
+        return app.run_http(
+            app.HttpOptions(options.config, options.listen_addr, options.log_level, options.catalog)
+        )
+    if command == "stdio":
+        if options.catalog is not None and options.gateway is not None:
+            _fail("--catalog and --gateway exclude each other: run the servers here, or go through a running gateway")
+        from gateway import app
+
+        return app.run_stdio(
+            app.StdioOptions(options.server, options.catalog, options.gateway, options.log_level, options.config)
+        )
+    _everything().print_usage(sys.stderr)
+    print("gateway: name a command, such as: gateway.pyz http --catalog catalog.yaml", file=sys.stderr)
+    return 2
+
+
+def _version() -> int:
+    info = gateway.build_info()
+    print(f"open-mcp-gateway {info.version}\ncommit {info.commit}\nlock {info.lock_digest}")
+    return 0
+
+
+def _fail(text: str) -> NoReturn:
+    print(f"gateway: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _everything() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gateway.pyz", description="One gateway between MCP clients and MCP servers.", allow_abbrev=False
+    )
+    _version_option(parser, "open-mcp-gateway")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in (
+        ("http", "serve HTTP: the daemon"),
+        ("stdio", "serve one desktop client on stdin and stdout"),
+        ("check", "read config and catalog, name every mistake, start nothing"),
+        ("version", "print version, commit and dependency lock"),
+        ("demo-server", "a small MCP server on stdin and stdout"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        _options(sub, name)
+    return parser
+
+
+def _only(name: str, command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=name, allow_abbrev=False)
+    _options(parser, command)
+    _version_option(parser, name)
+    return parser
+
+
+def _version_option(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("-V", "--version", action="version", version=f"{name} {gateway.__version__}")
+
+
+def _options(parser: argparse.ArgumentParser, command: str) -> None:
+    if command in ("http", "check"):
+        parser.add_argument("--config", type=Path, metavar="FILE", help="config file; default: the usual places")
+        parser.add_argument("--catalog", type=Path, metavar="FILE", help="catalog file; overrides catalog_path")
+    if command == "http":
+        parser.add_argument("--listen-addr", metavar="HOST:PORT", help="overrides listen_addr")
+        parser.add_argument("--log-level", metavar="LEVEL", choices=LEVELS, help="|".join(LEVELS))
+        parser.add_argument("--validate", action="store_true", help="check both files without starting; exit 0 or 1")
+    if command == "stdio":
+        parser.add_argument("-s", "--server", metavar="ID", help="one server of the catalog; default: all, merged")
+        parser.add_argument("-c", "--catalog", type=Path, metavar="FILE", help="run the servers here")
+        parser.add_argument("-g", "--gateway", metavar="URL", help="go through a running gateway")
+        parser.add_argument("--config", type=Path, metavar="FILE", help="config file; default: the usual places")
+        parser.add_argument("--log-level", metavar="LEVEL", choices=LEVELS, default=None, help="default: warn")

@@ -1,0 +1,419 @@
+"""Being an MCP server on stdin and stdout, for desktop clients: a message a line, full duplex (compat S1 to S10).
+
+A client on a pipe is a legacy session that is carried by lines instead of event streams, so everything about sessions
+is in ``sessions`` and ``legacy``; here is what lines need: reading without ever waiting for an answer, writing whole
+lines only, and what the original's desktop proxy answers when a server is unknown or can't be reached.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections import deque
+from typing import Any, Final, cast
+
+import trio
+
+from gateway.auth.principal import ANONYMOUS
+from gateway.downstream.legacy import LegacyFront
+from gateway.downstream.sessions import Session
+from gateway.downstream.streams import COMMENT_AFTER, Feed
+from gateway.errors import AuthError, GatewayError, Overloaded, StartFailed, UnknownTarget, UpstreamError
+from gateway.protocol.eras import LATEST_LEGACY, is_modern
+from gateway.protocol.framing import LineDecoder, Oversize
+from gateway.protocol.message import (
+    INTERNAL_ERROR,
+    INVALID_REQUEST,
+    METHOD_NOT_FOUND,
+    PARSE_ERROR,
+    REQUEST,
+    Malformed,
+    Message,
+    build_error,
+    decode_request,
+    split_batch,
+)
+from gateway.protocol.session import BATCH_VERSION, State, failure, hello, welcome
+from gateway.router import Router
+
+__all__ = ["Lines", "StdioFront"]
+
+log = logging.getLogger("gateway_http")
+
+READ_SIZE: Final = 65536
+MAX_QUEUED: Final = 8 * 1024 * 1024
+"""Bytes that may wait for a client that does not read before no more of its requests are taken."""
+MAX_CALLS: Final = 1000
+COALESCE: Final = 0.05
+"""Seconds in which list changes are joined to one notification."""
+UNKNOWN: Final = -32001
+UNREACHABLE: Final = -32002
+DENIED: Final = -32003
+
+
+class Lines:
+    """Two file descriptors as lines in and lines out, never half a line out.
+
+    Pipes and terminals are read and written without blocking; their mode is put back by ``close``, since it belongs to
+    whoever shares the descriptor. Regular files and the like are always ready.
+    """
+
+    def __init__(self, input: int = 0, output: int = 1) -> None:
+        self._input = input
+        self._output = output
+        self._blocking = {fd: os.get_blocking(fd) for fd in (input, output) if _pollable(fd)}
+        for fd in self._blocking:
+            os.set_blocking(fd, False)
+        self._queue: deque[memoryview] = deque()
+        self._queued = 0
+        self._more = trio.Event()
+        self._empty = trio.Event()
+        self._empty.set()
+        self.broken = False
+
+    def close(self) -> None:
+        """Put the descriptors' modes back; they stay open."""
+        for fd, blocking in self._blocking.items():
+            os.set_blocking(fd, blocking)
+
+    async def receive(self) -> bytes:
+        """The next bytes, b"" at the end. Cancellation loses nothing."""
+        while True:
+            if self._input in self._blocking:
+                await trio.lowlevel.wait_readable(self._input)
+            else:
+                await trio.lowlevel.checkpoint()
+            try:
+                return os.read(self._input, READ_SIZE)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return b""
+
+    def send(self, text: str) -> None:
+        """Write a message as one line, now or when there is room. Never waits, never raises."""
+        if self.broken:
+            return
+        if "\n" in text or "\r" in text:
+            text = text.replace("\n", " ").replace("\r", " ")
+        data = memoryview(text.encode("utf-8", "surrogatepass") + b"\n")
+        if not self._queue:
+            data = data[self._write(data) :]
+            if not data or self.broken:
+                return
+        self._queue.append(data)
+        self._queued += len(data)
+        self._empty = trio.Event() if self._empty.is_set() else self._empty
+        self._more.set()
+
+    def _write(self, data: memoryview) -> int:
+        try:
+            return os.write(self._output, data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno != errno.EINTR:
+                # The client has closed our output. There is nobody to tell; its input will end, too.
+                self.broken = True
+                self._queue.clear()
+                self._queued = 0
+                self._empty.set()
+            return 0
+
+    async def write_queued(self) -> None:
+        """Write what did not fit at once. Runs until cancelled."""
+        while True:
+            self._more = trio.Event()
+            while self._queue and not self.broken:
+                if self._output in self._blocking:
+                    await trio.lowlevel.wait_writable(self._output)
+                else:
+                    await trio.lowlevel.checkpoint()
+                count = self._write(self._queue[0])
+                if self.broken:
+                    break
+                self._queued -= count
+                self._queue[0] = self._queue[0][count:]
+                if not self._queue[0]:
+                    self._queue.popleft()
+            self._empty.set()
+            await self._more.wait()
+
+    async def room(self) -> None:
+        """Wait while too much is queued for a client that does not read."""
+        if self._queued > MAX_QUEUED:
+            await self._empty.wait()
+
+    async def flush(self) -> None:
+        """Wait until everything is written, or can't be any more."""
+        await self._empty.wait()
+
+
+def _pollable(fd: int) -> bool:
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or (stat.S_ISCHR(mode) and os.isatty(fd))
+
+
+class LineFeed:
+    """Stands in a Session where HTTP has its standalone stream: what is added is a line."""
+
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
+        self.last = 0
+        self.sent = 0
+        self.number = 0
+        self.owed = 0
+        self.reader: LineFeed | None = self
+        self.on_poke: Any = None
+
+    def add(self, text: str, instead: str = "") -> bytes:
+        """Write one message."""
+        self.lines.send(text)
+        self.last = self.sent = self.last + 1
+        return b""
+
+    def poke(self) -> None:
+        """There are list changes to announce."""
+        if self.on_poke is not None:
+            self.on_poke()
+
+    def end(self) -> None:
+        """Nothing to do: the process ends."""
+
+
+class LineOutlet:
+    """An ``Outlet`` of a call onto the lines."""
+
+    __slots__ = ("feed", "lines", "scope")
+
+    def __init__(self, lines: Lines, feed: Feed) -> None:
+        self.lines = lines
+        self.feed: Feed | None = feed
+        self.scope: trio.CancelScope | None = None
+
+    @property
+    def comment_at(self) -> float:
+        """Lines need no comments."""
+        return trio.current_time() + COMMENT_AFTER
+
+    async def send(self, text: str, instead: str = "") -> None:
+        """Write one message."""
+        self.lines.send(text)
+
+    def say(self, text: str) -> None:
+        """Write one message."""
+        self.lines.send(text)
+
+    async def comment(self) -> None:
+        """Nothing to do."""
+
+    async def comment_now(self) -> None:
+        """Nothing to do."""
+
+    async def end(self) -> None:
+        """The lines outlive every call."""
+
+
+class StdioFront:
+    """One client on a pipe. ``server_id`` None serves the merged view.
+
+    ``remote`` says that the server is another gateway, whose refusals have codes of their own (compat S8).
+    """
+
+    def __init__(
+        self, router: Router, server_id: str | None, lines: Lines, *, max_message_bytes: int, remote: bool = False
+    ) -> None:
+        self.router = router
+        self.server_id = server_id
+        self.lines = lines
+        self.legacy = LegacyFront(router)
+        self.remote = remote
+        self._max = max_message_bytes
+        self._feed = LineFeed(lines)
+        self._announcing = False
+        self._calls = 0
+        self._idle = trio.Event()
+        self._idle.set()
+
+    async def run(self) -> int:
+        """Serve until stdin ends and everything asked is answered: the exit status (S3, S6)."""
+        if self.server_id is not None and not self.remote:
+            try:
+                self.router.check_server(ANONYMOUS, self.server_id)
+            except UnknownTarget:
+                self.refuse_server()
+                return 1
+        session = self.legacy.open(ANONYMOUS, self.server_id, resumable=False)
+        session.client.version = LATEST_LEGACY
+        # The one thing a session's stream is used for here is to carry messages to the client.
+        session.feed = cast(Feed, self._feed)
+        self.legacy.sessions[session.id] = session
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.legacy.run)
+                nursery.start_soon(self.lines.write_queued)
+                self._feed.on_poke = lambda: self._announce_soon(session, nursery)
+                await self._read(session, nursery)
+                await self._idle.wait()
+                await self.lines.flush()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.legacy.close(session)
+        return 0
+
+    def refuse_server(self) -> None:
+        """S3: there is no such server."""
+        self.lines.send(build_error("null", UNKNOWN, f"Server '{self.server_id}' not found in catalog", SOURCE))
+
+    # --------------------------------------------------------------------------------------------------------- reading
+    async def _read(self, session: Session, nursery: trio.Nursery) -> None:
+        decoder = LineDecoder(self._max)
+        while data := await self.lines.receive():
+            for item in decoder.feed(data):
+                self._line(session, nursery, item)
+            await self.lines.room()
+        for item in decoder.finish():
+            self._line(session, nursery, item)
+
+    def _line(self, session: Session, nursery: trio.Nursery, line: bytes | Oversize) -> None:
+        if type(line) is Oversize:
+            text = f"The message is over {self._max} bytes (max_message_bytes)"
+            self.lines.send(build_error("null", INVALID_REQUEST, text, SOURCE))
+            return
+        assert type(line) is bytes
+        if not line.strip():
+            return
+        try:
+            batch = split_batch(line) if line.lstrip()[:1] == b"[" else None
+            if batch is not None:
+                if session.client.version != BATCH_VERSION or session.state is State.NEW:
+                    raise Malformed(f"Batches exist in {BATCH_VERSION} only: send one message a line", INVALID_REQUEST)
+                nursery.start_soon(self._batch, session, batch)
+                return
+            message = decode_request(line)
+        except Malformed as error:
+            # The original's words for what is no JSON at all (S5).
+            text = "Parse error: invalid JSON" if error.code == PARSE_ERROR else error.reason
+            self.lines.send(build_error(error.id_text, error.code, text, {**SOURCE, "reason": error.reason}))
+            return
+        log.debug("Received request: %s", message.method or "reply")
+        self._take(session, nursery, message)
+
+    def _take(self, session: Session, nursery: trio.Nursery, message: Message) -> None:
+        if (message.kind is REQUEST and is_modern(message.meta)) or message.method == "server/discover":
+            # A client that tries the newest revision first falls back to initialize when a method is not found. Modern
+            # requests will be taken from here.
+            if message.kind is REQUEST:
+                text = f"Method not found: {message.method}; begin with initialize"
+                self.lines.send(build_error(message.id_text, METHOD_NOT_FOUND, text, SOURCE))
+            return
+        if message.method == "initialize" or message.kind is not REQUEST or message.method == "ping":
+            if session.state is State.NEW and message.method != "initialize" and message.kind is not REQUEST:
+                return
+        elif session.state is State.NEW:
+            # Piped by echo: a request without a handshake is answered all the same (S6).
+            session.state = State.READY
+        reply = self.legacy.handle(session, message, lambda m: self._start(session, nursery, m))
+        if reply is not None:
+            self.lines.send(reply)
+
+    # ------------------------------------------------------------------------------------------------------- answering
+    def _start(self, session: Session, nursery: trio.Nursery, message: Message) -> None:
+        if self._calls >= MAX_CALLS:
+            busy = Overloaded(f"{MAX_CALLS} requests are in flight")
+            self.lines.send(failure(busy, message.method, message.id_text)[1])
+            return
+        if message.method == "initialize":
+            session.state = State.OPENING
+        self._enter()
+        nursery.start_soon(self._serve, session, message)
+
+    def _enter(self) -> None:
+        self._calls += 1
+        if self._calls == 1:
+            self._idle = trio.Event()
+
+    def _leave(self) -> None:
+        self._calls -= 1
+        if not self._calls:
+            self._idle.set()
+
+    async def _serve(self, session: Session, message: Message) -> None:
+        try:
+            self.lines.send(await self._answer(session, message))
+        finally:
+            self._leave()
+
+    async def _answer(self, session: Session, message: Message) -> str:
+        """The reply to one request. Contains every failure: one request can't end the others."""
+        outlet = LineOutlet(self.lines, session.feed)
+        try:
+            if message.method == "initialize":
+                return await self._initialize(session, message, outlet)
+            text, error, _ = await self.legacy.answer(session, message, None, outlet)
+            return text if error is None else self._fault(error, message)
+        except GatewayError as error:
+            return self._fault(error, message)
+        except Exception:
+            log.exception("unexpected failure while answering %s", message.method)
+            return build_error(message.id_text, INTERNAL_ERROR, "Internal error", SOURCE)
+
+    async def _initialize(self, session: Session, message: Message, outlet: LineOutlet) -> str:
+        try:
+            said = hello(message)
+            session.greet(said)
+            facts = await self.legacy.introduce(session, outlet)
+        except GatewayError:
+            session.state = State.NEW
+            raise
+        session.state = State.OPEN
+        return welcome(message.id_text, said.version, facts)
+
+    def _fault(self, error: GatewayError, message: Message) -> str:
+        """S4 and S8: the codes of the original's proxy at one server's endpoint, MCP's at the merged one."""
+        data = {**SOURCE, "reason": error.message}
+        if isinstance(error, AuthError):
+            return build_error(message.id_text, DENIED, error.message, data)
+        if self.server_id is None and not self.remote:
+            return failure(error, message.method, message.id_text)[1]
+        if isinstance(error, StartFailed):
+            return build_error(message.id_text, UNREACHABLE, f"Failed to connect to server: {error.message}", data)
+        if isinstance(error, UpstreamError):
+            return build_error(message.id_text, error.code, f"Server error: {error.message}", data)
+        return failure(error, message.method, message.id_text)[1]
+
+    async def _batch(self, session: Session, texts: list[str]) -> None:
+        """JSON-RPC batch (2025-03-26 only): all replies in one array."""
+        replies: list[str] = []
+        self._enter()
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def one(message: Message) -> None:
+                    replies.append(await self._answer(session, message))
+
+                replies += self.legacy.each(session, texts, lambda m: nursery.start_soon(one, m))
+            if replies:
+                self.lines.send(f"[{','.join(replies)}]")
+        finally:
+            self._leave()
+
+    # ----------------------------------------------------------------------------------------------------- list changes
+    def _announce_soon(self, session: Session, nursery: trio.Nursery) -> None:
+        if not self._announcing:
+            self._announcing = True
+            nursery.start_soon(self._announce, session)
+
+    async def _announce(self, session: Session) -> None:
+        await trio.sleep(COALESCE)
+        self._announcing = False
+        session.announce()
+
+
+SOURCE: Final = {"source": "gateway"}
+
