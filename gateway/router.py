@@ -143,7 +143,7 @@ class Router:
         unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
         if method in SPECIAL:
             return await SPECIAL[method](self, exchange, unit)
-        if not unit.try_enter():
+        if not unit.try_enter(exchange.deadline):
             await unit.enter(exchange.deadline)
         return unit.begin(exchange)
 
@@ -164,11 +164,11 @@ class Router:
         if spec.isolation == "call":
             return None
         unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
-        return unit.begin(exchange) if unit.try_enter() else None
+        return unit.begin(exchange) if unit.try_enter(exchange.deadline) else None
 
     async def _to(self, spec: ServerSpec, exchange: Exchange) -> Call:
         unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
-        if not unit.try_enter():
+        if not unit.try_enter(exchange.deadline):
             await unit.enter(exchange.deadline)
         return unit.begin(exchange)
 
@@ -203,7 +203,7 @@ class Router:
 
     async def _ask(self, unit: Unit, exchange: Exchange) -> Reply:
         """Send the exchange and wait for the reply here."""
-        if not unit.try_enter():
+        if not unit.try_enter(exchange.deadline):
             await unit.enter(exchange.deadline)
         call = unit.begin(exchange)
         try:

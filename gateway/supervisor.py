@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from math import inf
@@ -32,6 +33,7 @@ from gateway.lifecycle import Event, Phase, State, admit, feed
 from gateway.protocol.eras import LATEST_LEGACY
 from gateway.protocol.message import RESULT, Message, dumps
 from gateway.runtimes.base import Place, Runtime, Surroundings
+from gateway.telemetry.record import ServerStatus
 from gateway.upstream.connect import Terms, UpstreamLink, connect
 
 __all__ = ["Counters", "Supervisor", "Unit", "UnitKey"]
@@ -41,6 +43,8 @@ log = logging.getLogger("gateway_core")
 MAX_WAITING: Final = 4096
 """Requests that may wait for a slot of one unit."""
 SUBSCRIBE_TIMEOUT: Final = 10.0
+MARGIN: Final = 1.0
+"""Seconds by which a slot may come back after its call's deadline: links look at deadlines from time to time."""
 LIST_TOPICS: Final = {
     "notifications/tools/list_changed": "tools",
     "notifications/prompts/list_changed": "prompts",
@@ -130,6 +134,7 @@ class Unit:
         self.subscribers: dict[str, dict[Client, None]] = {}
         self._counters = supervisor.counters_of(spec.id)
         self._scope: trio.CancelScope | None = None
+        self._idle_at = inf
         self._place: Place | None = None
         self._changed = trio.Event()
         self._queue: deque[Turn] = deque()
@@ -145,19 +150,36 @@ class Unit:
     def __repr__(self) -> str:
         return f"<Unit {self.spec.id} {self.state.phase.name} active={self.active} holds={self.holds}>"
 
+    @property
+    def shown_status(self) -> str:
+        """The status of compat H16."""
+        if self.state.phase is Phase.READY:
+            return "unhealthy" if self.unhealthy else "running" if self.link is not None else "shutting_down"
+        return str(self.state.phase.value)
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """Facts of the running instance, for people."""
+        facts = {"protocol_version": self.facts.get("protocolVersion"), "server_info": self.facts.get("serverInfo")}
+        return {**facts, **(self.link.details if self.link is not None else {})}
+
     # --------------------------------------------------------------------------------------------------- being used
-    def try_enter(self) -> bool:
-        """Take a slot if the server is ready and one is free; then call ``begin``, or ``leave`` to give it back."""
+    def try_enter(self, deadline: float) -> bool:
+        """Take a slot if the server is ready and one is free; then call ``begin``, or ``leave`` to give it back.
+
+        ``deadline`` is the trio time by which the slot will have come back.
+        """
         active = self.active
-        if self.link is None or active >= self.limit or self._queue:
+        if self.link is None or active >= self.limit or self._queue or self._stopping:
             return False
-        if active == 0:
+        if active == 0 and deadline + MARGIN >= self._idle_at:
+            # The idle stop would come during this call. (Else it stays where it is: moving it costs more than the rest
+            # of this method.) It may just have come, and then the server is being stopped.
             scope = self._scope
             assert scope is not None
-            # Idle until now: its deadline may just have passed, and then it is being stopped.
             if scope.cancel_called:
                 return False
-            scope.deadline = inf
+            scope.deadline = self._idle_at = inf
         self.active = active + 1
         return True
 
@@ -254,7 +276,7 @@ class Unit:
         """Keep the unit from idling."""
         self.holds += 1
         if self._scope is not None and self.link is not None:
-            self._scope.deadline = inf
+            self._scope.deadline = self._idle_at = inf
 
     def unhold(self) -> None:
         """Take one ``hold`` back."""
@@ -267,7 +289,10 @@ class Unit:
         if self.retired or self.spec.isolation == "call":
             self.stop_soon("replaced")
         elif self._scope is not None and self.link is not None:
-            self._scope.deadline = trio.current_time() + self.idle_timeout
+            at = trio.current_time() + self.idle_timeout
+            # A deadline that is nearly right stays; a busy unit would move it thousands of times a second.
+            if self._idle_at == inf or at - self._idle_at > min(1.0, self.idle_timeout / 100):
+                self._scope.deadline = self._idle_at = at
 
     # ------------------------------------------------------------------------------------------- starting, stopping
     async def ready(self, *, by_hand: bool = False) -> UpstreamLink:
@@ -279,7 +304,7 @@ class Unit:
             scope = self._scope
             if self.link is not None and scope is not None and not scope.cancel_called:
                 if self.active:
-                    scope.deadline = inf
+                    scope.deadline = self._idle_at = inf
                 return self.link
             if scope is None:
                 self.start(by_hand=by_hand)
@@ -429,7 +454,7 @@ class Unit:
         began = scope.deadline - self.start_timeout
         self._say(logging.INFO, "Server ready", seconds=round(self.started_at - began, 3))
         idle = self.active == 0 and self.holds == 0
-        scope.deadline = self.started_at + self.idle_timeout if idle else inf
+        scope.deadline = self._idle_at = self.started_at + self.idle_timeout if idle else inf
         if idle and self.retired:
             self.stop_soon("replaced")
 
@@ -588,6 +613,35 @@ class Supervisor:
         if found is None:
             found = self.counters[server_id] = Counters()
         return found
+
+    def status(self, server_id: str) -> ServerStatus:
+        """What people are shown of one server id; one line for all its units (design.md section 7)."""
+        counters = self.counters_of(server_id)
+        now, wall = trio.current_time(), time.time()
+        units = self.units(server_id)
+        running = [unit for unit in units if unit.link is not None]
+        shown = "stopped"
+        for wanted in ("running", "unhealthy", "starting", "shutting_down"):
+            if any(unit.shown_status == wanted for unit in units):
+                shown = wanted
+                break
+        started = min((unit.started_at for unit in running), default=None)
+        troubled = max(units, key=lambda unit: unit.state.failures, default=None)
+        state = troubled.state if troubled is not None else State()
+        return ServerStatus(
+            status=shown,
+            request_count=counters.requests,
+            error_count=counters.errors,
+            started_at=None if started is None else wall - (now - started),
+            last_activity_at=None if counters.last_activity is None else wall - (now - counters.last_activity),
+            uptime_seconds=None if started is None else int(now - started),
+            connection_count=sum(unit.active for unit in units),
+            units=len(running),
+            last_error=next((unit.unhealthy for unit in units if unit.unhealthy), state.last_error),
+            failures=state.failures,
+            retry_at=wall + (state.retry_at - now) if state.phase is Phase.BACKOFF and state.retry_at > now else None,
+            details=tuple(unit.details for unit in running),
+        )
 
     def units(self, server_id: str | None = None) -> list[Unit]:
         """The units of one server, or all."""

@@ -95,6 +95,7 @@ class Message:
     spans        where each member of an object ``params`` has its value in ``text``
     result       the decoded result or error object of a reply
     extra        top-level members that JSON-RPC does not know (the REST face's ``server_id``)
+    versioned    whether it says ``"jsonrpc": "2.0"``
     """
 
     __slots__ = (
@@ -109,6 +110,7 @@ class Message:
         "result",
         "spans",
         "text",
+        "versioned",
     )
 
     def __init__(self, text: str, kind: Kind) -> None:
@@ -123,6 +125,7 @@ class Message:
         self.spans: dict[str, Span] = {}
         self.result: Any = None
         self.extra: dict[str, Any] | None = None
+        self.versioned = True
 
     def __repr__(self) -> str:
         return f"<Message {self.kind.name} {self.method} id={self.id_text or '-'}>"
@@ -358,8 +361,10 @@ def decode_request(data: bytes | bytearray | str, *, need_version: bool = True) 
     message = Message(text, NOTIFICATION)
     has_id = _set_id(message, members)
     version = members.get("jsonrpc")
-    if (version is None and need_version) or (version is not None and version[0] != "2.0"):
-        raise Malformed('jsonrpc must be "2.0"', INVALID_REQUEST, message.id_text or "null")
+    if version is None or version[0] != "2.0":
+        if need_version or version is not None:
+            raise Malformed('jsonrpc must be "2.0"', INVALID_REQUEST, message.id_text or "null")
+        message.versioned = False
     method = members.get("method")
     if method is None:
         return _reply(message, members, has_id)
