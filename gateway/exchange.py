@@ -204,9 +204,23 @@ class Call:
 
     The consumer calls ``next()`` until it gets a Reply or an error, or gives up with ``cancel()``. However it ends,
     ``exchange.on_end`` is called exactly once, as soon as the server is done with it (not when the consumer is).
+    ``on_reply``, set by a consumer that waits in ``next``, gets the reply in the link's task, before the consumer is
+    woken: it must neither wait nor raise, and saves the client one turn of the loop.
     """
 
-    __slots__ = ("_box", "_task", "_told", "deadline", "done", "exchange", "failed", "id", "link", "started")
+    __slots__ = (
+        "_box",
+        "_task",
+        "_told",
+        "deadline",
+        "done",
+        "exchange",
+        "failed",
+        "id",
+        "link",
+        "on_reply",
+        "started",
+    )
 
     def __init__(self, exchange: Exchange, link: Link, id: int, started: float) -> None:
         self.exchange = exchange
@@ -216,6 +230,7 @@ class Call:
         self.deadline = exchange.deadline
         self.done = False
         self.failed = False
+        self.on_reply: Callable[[Reply], object] | None = None
         self._box: deque[Interim | Ask | Reply | GatewayError] | None = None
         self._task: trio.lowlevel.Task | None = None
         self._told = False
@@ -265,6 +280,8 @@ class Call:
         task = self._task
         if task is not None:
             self._task = None
+            if self.on_reply is not None:
+                self.on_reply(reply)
             trio.lowlevel.reschedule(task, outcome.Value(reply))
             return
         if self._box is None:

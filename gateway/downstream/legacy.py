@@ -193,10 +193,10 @@ class LegacyFront:
             return
         if outlet is not None and outlet.feed is not None:
             await self._end_stream(session, outlet, text, id_text)
-        elif error is None:
-            await request.respond(200, text.encode())
-        else:
+        elif error is not None:
             await self.refuse(request, error, method, id_text)
+        elif not request.responded:
+            await request.respond(200, text.encode())
 
     async def _end_stream(self, session: Session, outlet: Outlet, text: str, id_text: str) -> None:
         instead = build_error(id_text, -32000, "The reply was too large to be kept", {"source": "gateway"})
@@ -251,12 +251,18 @@ class LegacyFront:
                 got = await self._wait(session, exchange, outlet)
             if type(got) is Call:
                 calls[key] = call = got
+                if request is not None and outlet is None:
+                    id_text = message.id_text
+                    got.on_reply = lambda reply: request.respond_now(200, reply.text(id_text).encode())
                 event = await got.next()
+                got.on_reply = None
                 if type(event) is not Reply:
                     outlet = outlet or self._outlet(session, request)
                     event = await self._converse(session, call, event, outlet)
                 got = event
             assert type(got) is Reply
+            if request is not None and request.responded and (outlet is None or outlet.feed is None):
+                return "", None, None  # ``respond_now`` did it
             return got.text(message.id_text), None, outlet
         except GatewayError as error:
             if isinstance(error, AuthError) and request is not None and (outlet is None or outlet.feed is None):

@@ -157,6 +157,7 @@ class Request(Head):
         "_close",
         "_connection",
         "_head_only",
+        "_rest",
         "_streaming",
         "_unread",
         "extra_headers",
@@ -169,6 +170,7 @@ class Request(Head):
         self._connection = connection
         self._head_only = False
         self._streaming = False
+        self._rest = b""  # of a reply that ``respond_now`` could only begin
         self._close = False  # decided when the reply begins: it says "Connection: close"
         self.extra_headers: list[tuple[str, str]] = []
         self.responded = False
@@ -276,6 +278,36 @@ class Request(Head):
             raise ClientGone from None
         if sent != len(data):
             await connection.send_rest(data, sent)
+
+    def respond_now(self, status: int, body: bytes, content_type: str = "application/json") -> bool:
+        """Send a whole reply from any task of this loop, if that needs no waiting and no decision; never raises.
+
+        For the task that learns of an answer: the client has it one turn of the loop before the request's own task is
+        woken, which then finds ``responded`` true. False: nothing was done, answer with ``respond``.
+        """
+        connection = self._connection
+        if (
+            self.responded
+            or self._unread
+            or self._head_only
+            or not self.keep_alive
+            or connection.server.draining
+            or connection.gone
+            or len(body) > JOIN_LIMIT
+        ):
+            return False
+        data = reply(status, body, content_type, self.extra_headers, close=False, head_only=False)
+        try:
+            sent = _write(connection.fd, data)
+        except BlockingIOError:
+            return False
+        except OSError:
+            connection.gone = True
+            return False
+        self.responded = True
+        if sent != len(data):
+            self._rest = data[sent:]
+        return True
 
     def _settle(self) -> None:
         """Decide whether the connection ends with the reply that is about to begin."""
@@ -448,7 +480,9 @@ class ServerConnection:
                 except BaseException as error:
                     if not await self._failed(request, error):
                         return
-                unsettled = request._streaming or request._close or request._unread or not request.responded
+                unsettled = (
+                    request._streaming or request._close or request._unread or request._rest or not request.responded
+                )
                 if unsettled and not await self._settled(request):
                     return
                 request = None
@@ -476,6 +510,8 @@ class ServerConnection:
             await self._respond_error(request, 500, "Internal error")
         elif request._streaming:
             await request.finish()
+        elif request._rest:
+            await self.send(request._rest)
         if request._close:
             if request._unread:
                 await self._linger()

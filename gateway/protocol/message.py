@@ -92,13 +92,13 @@ class Message:
     id           the id's value (None for null and where there is none); ``id_text`` is its exact spelling
     method       for requests and notifications, else ""
     params       the decoded params, a dict or list, None when absent; never change it
-    spans        where each member of an object ``params`` has its value in ``text``
     result       the decoded result or error object of a reply
     extra        top-level members that JSON-RPC does not know (the REST face's ``server_id``)
     versioned    whether it says ``"jsonrpc": "2.0"``
     """
 
     __slots__ = (
+        "_spans",
         "extra",
         "id",
         "id_span",
@@ -108,7 +108,6 @@ class Message:
         "params",
         "params_span",
         "result",
-        "spans",
         "text",
         "versioned",
     )
@@ -122,7 +121,7 @@ class Message:
         self.method = ""
         self.params: Any = None
         self.params_span: Span = (0, 0)
-        self.spans: dict[str, Span] = {}
+        self._spans: dict[str, Span] | None = None
         self.result: Any = None
         self.extra: dict[str, Any] | None = None
         self.versioned = True
@@ -146,6 +145,18 @@ class Message:
         meta = self.param("_meta")
         return meta if type(meta) is dict else _EMPTY
 
+    @property
+    def spans(self) -> dict[str, Span]:
+        """Where each member of an object ``params`` has its value in ``text``. Looked up when first needed: most
+        messages go on as they came."""
+        spans = self._spans
+        if spans is None:
+            spans = self._spans = {}
+            if type(self.params) is dict:
+                at = _skip(self.text, self.params_span[0] + 1)
+                spans.update((name, found[1:]) for name, found in _members(self.text, at, _scan_reply)[0].items())
+        return spans
+
     def params_text(self, changes: Mapping[str, str] | None = None) -> str:
         """The params as JSON text, "" when absent, with some members' values replaced or added (name -> JSON text)."""
         start, end = self.params_span
@@ -155,12 +166,13 @@ class Message:
             return "{" + ",".join(f"{quote(name)}:{value}" for name, value in changes.items()) + "}"
         parts: list[str] = []
         at = start
-        replaced = sorted((self.spans[name], value) for name, value in changes.items() if name in self.spans)
+        spans = self.spans
+        replaced = sorted((spans[name], value) for name, value in changes.items() if name in spans)
         for (first, last), value in replaced:
             parts.append(self.text[at:first])
             parts.append(value)
             at = last
-        added = [f"{quote(name)}:{value}" for name, value in changes.items() if name not in self.spans]
+        added = [f"{quote(name)}:{value}" for name, value in changes.items() if name not in spans]
         if not added:
             parts.append(self.text[at:end])
             return "".join(parts)
@@ -225,12 +237,8 @@ def _skip(text: str, at: int) -> int:
 _Found = dict[str, tuple[Any, int, int]]
 
 
-def _members(text: str, at: int, scan: Scan, inner: _Found | None = None) -> tuple[_Found, int]:
-    """Read the object that opens before ``at``: its members with value, start and end, and the offset after it.
-
-    With ``inner``, a member ``params`` that is an object is read the same way into it, and stands among the members
-    with the value None.
-    """
+def _members(text: str, at: int, scan: Scan) -> tuple[_Found, int]:
+    """Read the object that opens before ``at``: its members with value, start and end, and the offset after it."""
     members: _Found = {}
     try:
         if text[at] == "}":
@@ -242,12 +250,7 @@ def _members(text: str, at: int, scan: Scan, inner: _Found | None = None) -> tup
                 start = found.end()
             else:
                 name, start = _odd_key(text, at)
-            if inner is not None and name == "params" and text[start] == "{":
-                value = None
-                read, end = _members(text, _skip(text, start + 1), scan)
-                inner.update(read)
-            else:
-                value, end = scan(text, start)
+            value, end = scan(text, start)
             if name in members:
                 raise Malformed(f"duplicate member {quote(name)[:80]}")
             members[name] = (value, start, end)
@@ -309,7 +312,7 @@ def text_of(data: bytes | bytearray) -> str:
     return text
 
 
-def _top(text: str, scan: Scan, inner: _Found | None) -> _Found:
+def _top(text: str, scan: Scan) -> _Found:
     found = _open(text)
     if found is None:
         try:
@@ -323,7 +326,7 @@ def _top(text: str, scan: Scan, inner: _Found | None) -> _Found:
         except ValueError as error:
             raise Malformed(str(error)[:120]) from None
         raise Malformed("a message is a JSON object", INVALID_REQUEST)
-    members, end = _members(text, found.end(), scan, inner)
+    members, end = _members(text, found.end(), scan)
     if end != len(text) and _skip(text, end) != len(text):
         raise Malformed(f"something follows the message at character {end}")
     return members
@@ -354,8 +357,7 @@ def decode_request(data: bytes | bytearray | str, *, need_version: bool = True) 
     id where it could be read, so that the error reply can carry it.
     """
     text = data if type(data) is str else text_of(data)  # type: ignore[arg-type]
-    inner: _Found = {}
-    members = _top(text, _scan_request, inner)
+    members = _top(text, _scan_request)
     if _too_deep(text):
         raise Malformed(f"nested deeper than {MAX_DEPTH}")
     message = Message(text, NOTIFICATION)
@@ -376,11 +378,7 @@ def decode_request(data: bytes | bytearray | str, *, need_version: bool = True) 
     found = members.get("params")
     if found is not None:
         value, start, end = found
-        if text[start] == "{":
-            message.params = {name: member[0] for name, member in inner.items()}
-            message.spans = {name: (member[1], member[2]) for name, member in inner.items()}
-            message.params_span = (start, end)
-        elif type(value) is list:
+        if type(value) is dict or type(value) is list:
             message.params = value
             message.params_span = (start, end)
         elif value is not None:
@@ -410,8 +408,7 @@ def decode_reply(data: bytes | bytearray | str) -> Message:
                 return message
         except (StopIteration, IndexError, ValueError, RecursionError):
             pass
-    inner: _Found = {}
-    members = _top(text, _scan_reply, inner)
+    members = _top(text, _scan_reply)
     message = Message(text, NOTIFICATION)
     has_id = _set_id(message, members)
     version = members.get("jsonrpc")
@@ -427,13 +424,10 @@ def decode_reply(data: bytes | bytearray | str) -> Message:
         message.kind = REQUEST
     found = members.get("params")
     if found is not None:
-        value, start, end = found
-        if text[start] == "{":
-            message.params = {name: member[0] for name, member in inner.items()}
-            message.spans = {name: (member[1], member[2]) for name, member in inner.items()}
-        else:
-            message.params = value
+        message.params, start, end = found
         message.params_span = (start, end)
+        if type(message.params) is dict and len(message.spans) != len(message.params):
+            raise Malformed("duplicate member in params")
     return message
 
 

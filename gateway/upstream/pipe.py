@@ -211,7 +211,8 @@ class PipeLink:
         id = pending.new_id()
         id_text = str(id)
         changes = exchange.changes
-        if message.spans and "_meta" in message.spans:
+        params = message.params
+        if type(params) is dict and "_meta" in params:
             meta = message.meta
             if "progressToken" in meta:
                 changes = {**(changes or {}), "_meta": dumps({**meta, "progressToken": id})}
