@@ -170,7 +170,9 @@ class Unit:
         ``deadline`` is the trio time by which the slot will have come back.
         """
         active = self.active
-        if self.link is None or active >= self.limit or self._queue or self._stopping:
+        link = self.link
+        # A lost link stands here until its attempt's task has had its turn; the next call is for the next attempt.
+        if link is None or link.lost is not None or active >= self.limit or self._queue or self._stopping:
             return False
         if active == 0 and deadline + MARGIN >= self._idle_at:
             # The idle stop would come during this call. (Else it stays where it is: moving it costs more than the rest
@@ -302,10 +304,11 @@ class Unit:
         """
         while True:
             scope = self._scope
-            if self.link is not None and scope is not None and not scope.cancel_called:
+            link = self.link
+            if link is not None and link.lost is None and scope is not None and not scope.cancel_called:
                 if self.active:
                     scope.deadline = self._idle_at = inf
-                return self.link
+                return link
             if scope is None:
                 self.start(by_hand=by_hand)
             starting = self.state.phase is Phase.STARTING
