@@ -77,6 +77,7 @@ def start(arguments: Sequence[str], *, marked: bool = True, **options: Any) -> t
                 if restore is not None:
                     _set_realtime_limit(restore)
             _children.add(process.pid)
+            _give_back_file_limit(process.pid)
             return process, mark
         finally:
             _starting -= 1
@@ -111,6 +112,32 @@ def _set_realtime_limit(limits: tuple[int, int]) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_RTTIME, limits)
+
+
+def _file_limit() -> tuple[int, int] | None:
+    try:
+        import resource
+
+        return resource.getrlimit(resource.RLIMIT_NOFILE)
+    except (ImportError, OSError):
+        return None
+
+
+_FILE_LIMIT: Final = _file_limit()
+"""As we were started; the HTTP front raises ours to the hard limit."""
+
+
+def _give_back_file_limit(pid: int) -> None:
+    """Set a child's soft limit of open files to the one we were started with.
+
+    Programs size tables by it, or close every number up to it, and break when it is a million. Changing ours for the
+    moment of the start would fail calls of ours that need a descriptor just then.
+    """
+    if _FILE_LIMIT is not None:
+        with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
+            import resource
+
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, _FILE_LIMIT)
 
 
 # ---------------------------------------------------------------------------------------------------------- endings

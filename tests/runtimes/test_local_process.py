@@ -497,3 +497,17 @@ async def test_L14_fifty_at_once_start_and_stop(tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
             for number in range(50):
                 nursery.start_soon(one, number)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of other processes are set on Linux only")
+async def test_RB41_servers_do_not_inherit_our_raised_file_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    from gateway.runtimes import _guard
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(_guard, "_FILE_LIMIT", (soft - 1, hard))
+    code = "import resource, time; time.sleep(0.3); print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], flush=True)"
+    spec = LocalProcessSpec(sys.executable, ("-c", code))
+    async with open_local_process(spec, Surroundings("s", dict(os.environ))) as pipe:
+        assert int((await pipe.receive_some()).decode()) == soft - 1
