@@ -109,14 +109,13 @@ def _everything() -> argparse.ArgumentParser:
         ("demo-server", "a small MCP server on stdin and stdout"),
     ):
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        _options(sub, name)
+        _options(sub, name, "open-mcp-gateway")
     return parser
 
 
 def _only(name: str, command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=name, allow_abbrev=False)
-    _options(parser, command)
-    _version_option(parser, name)
+    _options(parser, command, name)
     return parser
 
 
@@ -124,7 +123,8 @@ def _version_option(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("-V", "--version", action="version", version=f"{name} {gateway.__version__}")
 
 
-def _options(parser: argparse.ArgumentParser, command: str) -> None:
+def _options(parser: argparse.ArgumentParser, command: str, name: str) -> None:
+    _version_option(parser, name)
     if command in ("http", "check"):
         parser.add_argument("--config", type=Path, metavar="FILE", help="config file; default: the usual places")
         parser.add_argument("--catalog", type=Path, metavar="FILE", help="catalog file; overrides catalog_path")

@@ -111,7 +111,6 @@ class Unit:
 
     def __init__(self, key: UnitKey, supervisor: Supervisor, client: Client | None) -> None:
         spec = key.spec
-        settings = supervisor.directions.settings()
         self.key = key
         self.spec = spec
         self.supervisor = supervisor
@@ -126,11 +125,6 @@ class Unit:
         self.started_at = 0.0
         self.retired = False
         self.unhealthy = ""
-        self.limit: int = spec.or_default("max_connections_per_server", settings)
-        self.idle_timeout: float = spec.or_default("idle_timeout_seconds", settings) or inf
-        self.start_timeout: float = spec.or_default("start_timeout_seconds", settings)
-        self.health_interval: float = spec.or_default("health_check_interval_seconds", settings)
-        self.max_message_bytes: int = spec.or_default("max_message_bytes", settings)
         self.subscribers: dict[str, dict[Client, None]] = {}
         self._counters = supervisor.counters_of(spec.id)
         self._scope: trio.CancelScope | None = None
@@ -141,6 +135,19 @@ class Unit:
         self._failure: GatewayError | None = None
         self._stopping = ""
         self._harmed = False
+        self.configure(supervisor.directions.settings())
+
+    def configure(self, settings: Settings) -> None:
+        """Take over limits and times, the entry's own first. A running server meets them from its next turn on."""
+        spec = self.spec
+        self.limit: int = spec.or_default("max_connections_per_server", settings)
+        self.idle_timeout: float = spec.or_default("idle_timeout_seconds", settings) or inf
+        self.start_timeout: float = spec.or_default("start_timeout_seconds", settings)
+        self.health_interval: float = spec.or_default("health_check_interval_seconds", settings)
+        self.max_message_bytes: int = spec.or_default("max_message_bytes", settings)
+        if self.link is not None and self.active == 0 and self.holds == 0:
+            self._idle_at = inf
+            self._rest()
 
     @property
     def running(self) -> bool:
@@ -700,9 +707,15 @@ class Supervisor:
                 unit.stop_soon("session over")
 
     def apply(self, catalog: Catalog) -> None:
-        """Retire what the new catalog does not hold any more; unchanged definitions keep their units."""
+        """Retire what the new catalog does not hold any more; unchanged definitions keep their units.
+
+        ``directions.settings`` gives the new settings by now; all units take them over (compat G18).
+        """
+        settings = self.directions.settings()
+        self.starting.total_tokens = settings.max_parallel_starts
         current = set(catalog.servers)
         for unit in self.units():
+            unit.configure(settings)
             keeps = unit.spec.isolation == "session" and unit.spec.id in catalog.by_id
             if unit.spec not in current and not keeps:
                 unit.retire()

@@ -521,3 +521,14 @@ async def test_L10_counters_survive_stops(house: House, autojump_clock: MockCloc
         await call(unit, seconds=1)
     counters = house.supervisor.counters_of("s")
     assert (counters.requests, counters.errors) == (3, 1)
+
+
+async def test_G18_new_settings_reach_running_units(house: House, autojump_clock: MockClock) -> None:
+    script = Script()
+    unit = house.unit(script)
+    await call(unit)
+    house.settings = Settings(idle_timeout_seconds=5, max_connections_per_server=2, max_parallel_starts=3)
+    house.supervisor.apply(Catalog((unit.spec,)))
+    assert (unit.limit, house.supervisor.starting.total_tokens) == (2, 3)
+    await trio.sleep(6)
+    assert script.running == 0

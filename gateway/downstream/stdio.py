@@ -236,6 +236,7 @@ class StdioFront:
         self._max = max_message_bytes
         self._feed = LineFeed(lines)
         self._announcing = False
+        self._opening = trio.Event()
         self._calls = 0
         self._idle = trio.Event()
         self._idle.set()
@@ -275,10 +276,18 @@ class StdioFront:
         decoder = LineDecoder(self._max)
         while data := await self.lines.receive():
             for item in decoder.feed(data):
+                await self._opened(session)
                 self._line(session, nursery, item)
             await self.lines.room()
         for item in decoder.finish():
+            await self._opened(session)
             self._line(session, nursery, item)
+
+    async def _opened(self, session: Session) -> None:
+        """Wait while initialize is being answered: lines come in order, so what follows it is meant for after it."""
+        while session.state is State.OPENING:
+            self._opening = trio.Event()
+            await self._opening.wait()
 
     def _line(self, session: Session, nursery: trio.Nursery, line: bytes | Oversize) -> None:
         if type(line) is Oversize:
@@ -371,7 +380,10 @@ class StdioFront:
         except GatewayError:
             session.state = State.NEW
             raise
-        session.state = State.OPEN
+        else:
+            session.state = State.OPEN
+        finally:
+            self._opening.set()
         return welcome(message.id_text, said.version, facts)
 
     def _fault(self, error: GatewayError, message: Message) -> str:
