@@ -329,7 +329,8 @@ class Unit:
         wait = admit(self.state, trio.current_time(), by_hand=by_hand)
         if wait > 0:
             circuit = "circuit open, " if self.state.circuit_open else ""
-            raise StartFailed(
+            kind = type(self._failure) if isinstance(self._failure, StartFailed) else StartFailed
+            raise kind(
                 f"Server '{self.spec.id}' failed {self.state.failures} times in a row ({circuit}next attempt in "
                 f"{wait:.1f} s): {self.state.last_error}",
                 retry_after=wait,
@@ -416,6 +417,8 @@ class Unit:
                     finally:
                         self.link = None
                         if scope.cancel_called:
+                            if not self._stopping:
+                                self._say(logging.INFO, "Stopping idle server", idle_seconds=self.idle_timeout)
                             self._feed(Event.STOP)
         finally:
             if token is not None:
@@ -517,7 +520,8 @@ class Unit:
         self._place = None
         self._failure = failure
         if failure is None or self._stopping:
-            self._say(logging.INFO, "Server stopped", reason=self._stopping or "idle")
+            reason = self._stopping or ("idle" if scope.cancelled_caught else "ended")
+            self._say(logging.INFO, "Server stopped", reason=reason)
             self._feed(Event.ENDED)
         else:
             self._say(logging.WARNING, "Failed to start server" if starting else "Server failed", error=failure.message)

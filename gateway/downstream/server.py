@@ -296,10 +296,10 @@ class Request(Head):
             or len(body) > JOIN_LIMIT
         ):
             return False
-        data = reply(status, body, content_type, self.extra_headers, close=False, head_only=False)
         try:
+            data = reply(status, body, content_type, self.extra_headers, close=False, head_only=False)
             sent = _write(connection.fd, data)
-        except BlockingIOError:
+        except (BlockingIOError, ValueError):
             return False
         except OSError:
             connection.gone = True
