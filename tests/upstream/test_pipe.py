@@ -121,6 +121,7 @@ async def test_RB11_out_of_order_second_unknown_and_late_replies() -> None:
 async def test_RB28_equal_client_ids_do_not_cross() -> None:
     async with linked() as peer:
         calls = [peer.link.call(exchange(1, params=f'{{"n":{n}}}')) for n in range(20)]
+        await wait_all_tasks_blocked()
         for message in [m for m in peer.script.seen if m.get("method") == "tools/call"]:
             peer.reply(message, n=message["params"]["n"])
         assert [(await finish(c)).result["n"] for c in calls] == list(range(20))
@@ -179,6 +180,7 @@ async def test_RB12_a_server_that_stops_reading_costs_its_callers_only(autojump_
         assert all("jsonrpc" in m for m in peer.script.seen)
         assert peer.script.methods().count("notifications/cancelled") >= 2
         call = peer.link.call(exchange())
+        await wait_all_tasks_blocked()
         peer.reply(peer.last_call(), ok=True)
         assert (await finish(call)).result == {"ok": True}
 
