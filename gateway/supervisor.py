@@ -123,6 +123,7 @@ class Unit:
         self.holds = 0
         self.replies = 0
         self.started_at = 0.0
+        self.started_wall = 0.0
         self.retired = False
         self.unhealthy = ""
         self.subscribers: dict[str, dict[Client, None]] = {}
@@ -463,6 +464,7 @@ class Unit:
         self.replies = 0
         self.unhealthy = ""
         self.started_at = trio.current_time()
+        self.started_wall = time.time()
         self._feed(Event.READY)
         began = scope.deadline - self.start_timeout
         self._say(logging.INFO, "Server ready", seconds=round(self.started_at - began, 3))
@@ -639,16 +641,16 @@ class Supervisor:
             if any(unit.shown_status == wanted for unit in units):
                 shown = wanted
                 break
-        started = min((unit.started_at for unit in running), default=None)
+        oldest = min(running, key=lambda unit: unit.started_at, default=None)
         troubled = max(units, key=lambda unit: unit.state.failures, default=None)
         state = troubled.state if troubled is not None else State()
         return ServerStatus(
             status=shown,
             request_count=counters.requests,
             error_count=counters.errors,
-            started_at=None if started is None else wall - (now - started),
+            started_at=None if oldest is None else oldest.started_wall,
             last_activity_at=None if counters.last_activity is None else wall - (now - counters.last_activity),
-            uptime_seconds=None if started is None else int(now - started),
+            uptime_seconds=None if oldest is None else int(now - oldest.started_at),
             connection_count=sum(unit.active for unit in units),
             units=len(running),
             last_error=next((unit.unhealthy for unit in units if unit.unhealthy), state.last_error),

@@ -17,7 +17,6 @@ from urllib.parse import unquote
 import attrs
 from quart import Quart, Response, abort, request
 from quart_trio import QuartTrio
-from werkzeug.exceptions import HTTPException
 
 from gateway.auth.principal import Principal
 from gateway.config.model import Secret, ServerSpec, StringMap
@@ -297,14 +296,12 @@ def _answer_faults(app: Quart) -> None:
         headers = {} if error.retry_after is None else {"Retry-After": str(ceil(error.retry_after))}
         return body(error.status, error.message, headers)
 
-    @app.errorhandler(HTTPException)
-    async def theirs(error: HTTPException) -> Response:
-        code = error.code or 500
-        if code == 404:
-            text = f"There is nothing at {request.path}"
-        elif code == 405:
-            text = f"{request.method} is not possible here"
-        else:
-            text = error.description or error.name
-        allowed = getattr(error, "valid_methods", None)
-        return body(code, text, {"Allow": ", ".join(sorted(allowed))} if allowed else None)
+    # The only faults that routing has.
+    @app.errorhandler(404)
+    async def nothing(error: Exception) -> Response:
+        return body(404, f"There is nothing at {request.path}")
+
+    @app.errorhandler(405)
+    async def wrong_method(error: Exception) -> Response:
+        allowed: list[str] = sorted(getattr(error, "valid_methods", None) or [])
+        return body(405, f"{request.method} is not possible here", {"Allow": ", ".join(allowed)})

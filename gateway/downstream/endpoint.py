@@ -367,6 +367,9 @@ class Endpoint:
         if request.method != "POST":
             raise _wrong_method(request, "POST")
         body = await request.body()
+        if not _is_json(request):
+            await self._wrong_type(request, None)
+            return
         session_id = dict(parse_qsl(request.query)).get("session_id")
         message: Message | list[str]
         try:

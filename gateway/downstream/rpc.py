@@ -107,7 +107,9 @@ class RpcFront:
                 exchange = self._exchange(principal, server_id, message)
                 reply = self.router.dispatch_now(exchange)
                 if isinstance(reply, Call):
-                    reply = await _reply(request, reply)
+                    reply = await _reply(request, reply, message.id_text)
+                    if request.responded:
+                        return
                 elif reply is None:
                     reply = await _attended(request, self._slowly(exchange))
                 else:
@@ -173,16 +175,19 @@ def _envelope(id_text: str, code: int, text: str) -> str:
     return f'{{"jsonrpc":"2.0","id":{id_text},"error":{error},"message":{dumps(text)}}}'
 
 
-async def _reply(request: Request, call: Call) -> Reply:
-    """The reply to a call that has just been sent.
+async def _reply(request: Request, call: Call, id_text: str) -> Reply:
+    """The reply to a call that has just been sent; it may have gone out already (``Request.responded``).
 
     Its caller is watched only when it takes long: a watcher costs more than the usual call does (design section 5).
     """
+    call.on_reply = lambda reply: request.respond_now(200, reply.text(id_text).encode())
     try:
         event = await call.next()
     except BaseException:
         call.cancel(GONE)
         raise
+    finally:
+        call.on_reply = None
     if type(event) is Reply:
         return event
     if type(event) is Ask:

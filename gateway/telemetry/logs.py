@@ -152,7 +152,7 @@ class Handler(logging.StreamHandler[Any]):
         stream = self.stream
         if type(stream) is Stderr and stream.lost and stream.ready():
             lost, stream.lost = stream.lost, 0
-            text = "%d lines of log were lost: nobody read them"
+            text = "log lines lost, as nobody read them: %d"
             super().emit(logging.LogRecord("gateway_http", logging.WARNING, "", 0, text, (lost,), None))
         super().emit(record)
 
