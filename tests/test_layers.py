@@ -24,7 +24,8 @@ ROWS = [
     {"supervisor"},
     {"router"},
     {"downstream", "admin"},
-    {"app", "cli"},
+    {"app"},
+    {"cli"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 APART = {

@@ -159,7 +159,7 @@ def test_specs_are_cheap_to_import() -> None:
     script = "import sys; import gateway.runtimes; print(*sorted(sys.modules))"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
-    heavy = {"httpx", "cattrs", "ruamel", "ssl", "asyncio", "dataclasses", "quart", "hypercorn", "resource", "ctypes"}
+    heavy = {"httpx", "cattrs", "ruamel", "ssl", "asyncio", "dataclasses", "quart", "hypercorn", "ctypes"}
     bare = subprocess.run(
         [sys.executable, "-c", "import sys, trio, attrs; print(*sys.modules)"], capture_output=True, text=True
     )
