@@ -22,7 +22,6 @@ import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
 
 import attrs
 import trio
@@ -376,7 +375,7 @@ async def _load_admin(house: Gateway) -> Any:
         create_app = await trio.to_thread.run_sync(load)
         app = create_app(_Operations(house))
         await app.startup()
-    except (ImportError, OSError, KeyError, EOFError, zlib.error) as error:
+    except (ImportError, OSError, LookupError, EOFError, TypeError, ValueError, zlib.error) as error:
         raise AdminGone from error
     return app
 
@@ -444,7 +443,11 @@ class _Operations:
 def run_stdio(options: StdioOptions) -> int:
     """One desktop client on stdin and stdout: 0 at its end, 1 for bad files or an unknown server, 2 for wrong usage."""
     if options.gateway is not None:
-        read = _through(options.gateway, options.server)
+        try:
+            read = _through(options.gateway, options.server)
+        except ValueError as error:
+            print(f"gateway-stdio: --gateway: {error}", file=sys.stderr)
+            return 2
         sources = Sources()
     else:
         sources = Sources(options.config, _overrides(options), _of_one_client)
@@ -480,25 +483,30 @@ def _of_one_client(spec: ServerSpec) -> ServerSpec:
 
 
 def _through(url: str, server_id: str | None) -> Read:
-    """A catalog of one: the MCP endpoint of a running gateway (design.md section 8, compat S8, C15)."""
-    from gateway.runtimes.remote_sse import RemoteSpec
+    """A catalog of one: a running gateway (design.md section 8, compat S8, C15). Raises ValueError for a bad URL.
 
-    path = "/mcp" if server_id is None else f"/servers/{quote(server_id, safe='')}/mcp"
+    Limits in time and number are that gateway's to set, so there are none here.
+    """
+    from gateway.downstream.stdio import MAX_CALLS
+    from gateway.runtimes.through import RUNTIME, ThroughSpec
+
     key = os.environ.get(API_KEY_VARIABLE)
     headers = StringMap(
         (("Authorization", Secret(f"Bearer ${{{API_KEY_VARIABLE}}}", f"Bearer {key}")),) if key else ()
     )
     spec = ServerSpec(
         server_id or "gateway",
-        RemoteSpec(url.rstrip("/") + path, headers, allow_private=True),
-        "remote-sse",
+        ThroughSpec(url, server_id or "", headers),
+        RUNTIME.type,
         isolation="session",
         prefix="",
         idle_timeout_seconds=0,
         request_timeout_seconds=0,
+        start_timeout_seconds=86400,
+        max_connections_per_server=MAX_CALLS,
         health_check_interval_seconds=0,
     )
-    return Read(Settings(hot_reload=False), Catalog((spec,)), by_type(RUNTIMES), ())
+    return Read(Settings(hot_reload=False), Catalog((spec,)), by_type((RUNTIME,)), ())
 
 
 async def _stdio(sources: Sources, read: Read, options: StdioOptions) -> int:
@@ -525,7 +533,7 @@ async def _stdio(sources: Sources, read: Read, options: StdioOptions) -> int:
 
             async def until_stopped() -> None:
                 await house.stopping.wait()
-                nursery.cancel_scope.cancel()
+                front.stop(house.snapshot.settings.drain_timeout_seconds)
 
             nursery.start_soon(until_stopped)
             status = await front.run()

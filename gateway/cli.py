@@ -7,10 +7,12 @@ clean end, 1 bad files or a taken port, 2 wrong usage; and no traceback ever rea
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from types import ModuleType
+from typing import Any, NoReturn
 
 import gateway
 
@@ -18,15 +20,30 @@ __all__ = ["main"]
 
 LEVELS = ("trace", "debug", "info", "warn", "error")
 PROGRAMS = {"gateway-http": "http", "gateway-stdio": "stdio"}
+OPENSSL = ("ssl", "hmac")
+"""What trio imports of the modules that load OpenSSL: 4 MB that a desktop client's gateway seldom needs."""
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the program and return its exit status. ``prog`` is the name it was called by (argv[0])."""
     words = sys.argv[1:] if argv is None else argv
     name = Path(prog or sys.argv[0]).name
-    name = name.removesuffix(".pyz").removesuffix(".py")
+    _open_standard_files()
+    status = _contained(name, words)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        # Whoever read our words has gone, or the disk is full. Python would try once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return status or 1
+    return status
+
+
+def _contained(name: str, words: list[str]) -> int:
+    """Do what the words say; every failure becomes an exit status and a sentence on stderr."""
+    command = _program(name)
     _tell_children()
-    command = PROGRAMS.get(name)
     try:
         if command is None:
             options = _everything().parse_args(words)
@@ -36,18 +53,64 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         return _run(command, options)
     except SystemExit as leaving:  # argparse: 0 after --help and --version, 2 after a mistake
         return leaving.code if isinstance(leaving.code, int) else 2
-    except KeyboardInterrupt:
-        return 0
-    except BrokenPipeError:
-        return 1
-    except Exception as error:
+    except BaseException as error:
         # The last resort. What is expected has been said better by now; this is a defect, and a user can do nothing
         # with its traceback.
+        causes = _leaves(error)
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            return 0  # Ctrl-C before the signal handlers stand; nothing runs yet
         if os.environ.get("MCP_GATEWAY_TRACEBACK"):
             raise
-        print(f"{name}: internal error: {type(error).__name__}: {error}", file=sys.stderr)
-        print("Set MCP_GATEWAY_TRACEBACK=1 to see where, and please report it.", file=sys.stderr)
+        if not all(isinstance(cause, BrokenPipeError) for cause in causes):
+            for cause in causes:
+                print(f"{name}: internal error: {type(cause).__name__}: {cause}", file=sys.stderr)
+            print("Set MCP_GATEWAY_TRACEBACK=1 to see where, and please report it.", file=sys.stderr)
         return 1
+
+
+def _program(name: str) -> str | None:
+    """The command that a program's name stands for: gateway-http, gateway-http.pyz, gateway-http-linux-amd64."""
+    for program, command in PROGRAMS.items():
+        if name == program or name.startswith((program + "-", program + ".")):
+            return command
+    return None
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """What was raised, without the groups that nurseries put around it."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]
+
+
+def _open_standard_files() -> None:
+    """See that 0, 1 and 2 are open: else one of our own files would get the number, and be read or written as them."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
+class _Later(ModuleType):
+    """Stands for a module until somebody wants something of it (importlib's LazyLoader: until it is imported again)."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Become the module: whoever holds this finds everything here, and the next import gets the real one."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        module = importlib.import_module(self.__name__)
+        self.__dict__.update(module.__dict__)
+        return getattr(module, name)
+
+
+def _postpone(names: tuple[str, ...]) -> None:
+    """Have these modules imported by the first use of what is in them."""
+    for name in names:
+        sys.modules.setdefault(name, _Later(name))
 
 
 def _tell_children() -> None:
@@ -74,8 +137,12 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
     if command == "stdio":
         if options.catalog is not None and options.gateway is not None:
             _fail("--catalog and --gateway exclude each other: run the servers here, or go through a running gateway")
+        if options.server == "":
+            _fail("--server is empty; leave it out to serve all servers")
+        _postpone(OPENSSL)
         from gateway import app
 
+        sys.stdout = sys.stderr  # standard output is for the protocol only (compat S1), whatever a plugin prints
         return app.run_stdio(
             app.StdioOptions(options.server, options.catalog, options.gateway, options.log_level, options.config)
         )
@@ -130,11 +197,11 @@ def _options(parser: argparse.ArgumentParser, command: str, name: str) -> None:
         parser.add_argument("--catalog", type=Path, metavar="FILE", help="catalog file; overrides catalog_path")
     if command == "http":
         parser.add_argument("--listen-addr", metavar="HOST:PORT", help="overrides listen_addr")
-        parser.add_argument("--log-level", metavar="LEVEL", choices=LEVELS, help="|".join(LEVELS))
+        parser.add_argument("--log-level", metavar="LEVEL", type=str.lower, choices=LEVELS, help="|".join(LEVELS))
         parser.add_argument("--validate", action="store_true", help="check both files without starting; exit 0 or 1")
     if command == "stdio":
         parser.add_argument("-s", "--server", metavar="ID", help="one server of the catalog; default: all, merged")
         parser.add_argument("-c", "--catalog", type=Path, metavar="FILE", help="run the servers here")
         parser.add_argument("-g", "--gateway", metavar="URL", help="go through a running gateway")
         parser.add_argument("--config", type=Path, metavar="FILE", help="config file; default: the usual places")
-        parser.add_argument("--log-level", metavar="LEVEL", choices=LEVELS, default=None, help="default: warn")
+        parser.add_argument("--log-level", metavar="LEVEL", type=str.lower, choices=LEVELS, help="default: warn")

@@ -8,7 +8,6 @@ Everything here is synchronous; the router fetches.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -70,6 +69,8 @@ def shorten(name: str, limit: int = NAME_LIMIT) -> str:
     """A name of at most ``limit`` characters: longer ones keep their head and end in a stable 6-digit hash."""
     if len(name) <= limit:
         return name
+    import hashlib  # late: it brings OpenSSL, 3 MB, and few names are that long
+
     digest = hashlib.sha256(name.encode()).hexdigest()[:6]
     return f"{name[: limit - 7]}_{digest}"
 

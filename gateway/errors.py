@@ -18,9 +18,11 @@ __all__ = [
     "AuthError",
     "ClientProtocolError",
     "ConfigError",
+    "CredentialsRefused",
     "Forbidden",
     "GatewayError",
     "LinkLost",
+    "NoSuchServer",
     "Overloaded",
     "Problem",
     "RateLimited",
@@ -156,6 +158,14 @@ class StartFailed(UpstreamError):
     """The server did not come up: bad command, early exit, refused connection, failed handshake."""
 
     label = "start_failed"
+
+
+class CredentialsRefused(StartFailed):
+    """A remote server knows nobody by the credentials we send it (401, 403); nothing was done."""
+
+
+class NoSuchServer(StartFailed):
+    """Another gateway says that it has no server of that id."""
 
 
 class LinkLost(UpstreamError):

@@ -43,6 +43,7 @@ class RunningGateway:
         env: dict[str, str] | None = None,
         pyz: Path | None = None,
         catalog: Path | None = None,
+        listen: str = "127.0.0.1:0",
     ) -> None:
         self.folder = folder
         self.catalog = catalog or folder / "catalog.yaml"
@@ -53,7 +54,7 @@ class RunningGateway:
         variables = {k: v for k, v in os.environ.items() if k not in ("MCP_GATEWAY_API_KEY", "RUST_LOG")}
         variables.update(env or {})
         self.process = subprocess.Popen(
-            [*command(pyz), "http", "--config", str(config_path), "--listen-addr", "127.0.0.1:0"],
+            [*command(pyz), "http", "--config", str(config_path), "--listen-addr", listen],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

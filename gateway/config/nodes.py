@@ -9,7 +9,6 @@ YAML 1.2 as ruamel reads it: ``no`` and ``on`` are texts, ``<<`` merges.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
+from gateway.config.digest import digest_of
 from gateway.config.model import Secret
 from gateway.errors import ConfigError, Problem
 
@@ -291,7 +291,7 @@ def read(path: Path, environ: Mapping[str, str], *, strict: bool) -> tuple[Docum
     """
     document = Document(str(path), environ, strict)
     data = _read_bytes(path)
-    document.digest = hashlib.sha256(data).digest()
+    document.digest = digest_of((data,))
     node = _compose(_decode(data, document.file), document.file)
     empty = node is None or (isinstance(node, ScalarNode) and node.tag == CORE + "null" and not node.value)
     return document, None if empty else Item(node, Entry(document))

@@ -9,18 +9,19 @@ and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import attrs
 import trio
+
+from gateway.config.digest import digest_of
 
 __all__ = ["watch"]
 
@@ -125,10 +126,12 @@ def _look_at(path: Path, before: _Look | None) -> _Look:
 
 def _digest(path: Path) -> bytes:
     """As ``load`` makes it of files that it accepts."""
-    digest = hashlib.sha256()
-    left = MAX_READ
     with open(path, "rb", buffering=0) as file:
-        while left > 0 and (chunk := file.read(CHUNK)):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.digest()
+        return digest_of(_chunks(file))
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    left = MAX_READ
+    while left > 0 and (chunk := file.read(CHUNK)):
+        yield chunk
+        left -= len(chunk)

@@ -6,7 +6,8 @@ Synchronous throughout: between two awaits of anybody nothing here changes. The 
 from __future__ import annotations
 
 import itertools
-import secrets
+import os
+from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -87,7 +88,7 @@ class Session:
     )
 
     def __init__(self, principal: Principal, server_id: str | None, log: EventLog | None) -> None:
-        self.id = secrets.token_urlsafe(24)
+        self.id = urlsafe_b64encode(os.urandom(24)).decode()
         self.principal = principal
         self.server_id = server_id
         self.client = Client(f"http-{next(_keys)}", Era.LEGACY, "", owner=self)

@@ -7,9 +7,10 @@ lines only, and what the original's desktop proxy answers when a server is unkno
 
 from __future__ import annotations
 
-import errno
+import json
 import logging
 import os
+import select
 import stat
 from collections import deque
 from typing import Any, Final, cast
@@ -18,9 +19,19 @@ import trio
 
 from gateway.auth.principal import ANONYMOUS
 from gateway.downstream.legacy import LegacyFront
-from gateway.downstream.sessions import Session
+from gateway.downstream.sessions import Session, decline
 from gateway.downstream.streams import COMMENT_AFTER, Feed
-from gateway.errors import AuthError, GatewayError, Overloaded, StartFailed, UnknownTarget, UpstreamError
+from gateway.errors import (
+    AuthError,
+    CredentialsRefused,
+    GatewayError,
+    NoSuchServer,
+    Overloaded,
+    ServerProtocolError,
+    StartFailed,
+    UnknownTarget,
+    UpstreamError,
+)
 from gateway.protocol.eras import LATEST_LEGACY, is_modern
 from gateway.protocol.framing import LineDecoder, Oversize
 from gateway.protocol.message import (
@@ -48,6 +59,11 @@ MAX_QUEUED: Final = 8 * 1024 * 1024
 MAX_CALLS: Final = 1000
 COALESCE: Final = 0.05
 """Seconds in which list changes are joined to one notification."""
+APART: Final = 0.005
+"""Seconds between a call's last progress and its reply: TypeScript clients drop progress that they read together with
+the reply, and a reader that has just been woken by the one line needs a moment to come back for the other."""
+DRAIN_TICK: Final = 0.2
+"""Seconds between two looks, after the end of the input, at whether the client still reads."""
 UNKNOWN: Final = -32001
 UNREACHABLE: Final = -32002
 DENIED: Final = -32003
@@ -56,22 +72,27 @@ DENIED: Final = -32003
 class Lines:
     """Two file descriptors as lines in and lines out, never half a line out.
 
-    Pipes and terminals are read and written without blocking; their mode is put back by ``close``, since it belongs to
-    whoever shares the descriptor. Regular files and the like are always ready.
+    Pipes and sockets are read and written without blocking; their mode is put back by ``close``, since it belongs to
+    whoever shares the descriptor. A terminal keeps its mode, which it shares with the shell and with our stderr: what
+    can be read or written is waited for, and then does not block. Regular files and the like are always ready.
+
+    ``broken`` is set when the client has closed our output.
     """
 
     def __init__(self, input: int = 0, output: int = 1) -> None:
         self._input = input
         self._output = output
-        self._blocking = {fd: os.get_blocking(fd) for fd in (input, output) if _pollable(fd)}
+        self._pollable = {fd for fd in (input, output) if _pollable(fd)}
+        self._blocking = {fd: os.get_blocking(fd) for fd in self._pollable if not os.isatty(fd)}
         for fd in self._blocking:
             os.set_blocking(fd, False)
+        self._step = WHOLE if output in self._blocking or output not in self._pollable else TERMINAL_STEP
         self._queue: deque[memoryview] = deque()
         self._queued = 0
         self._more = trio.Event()
         self._empty = trio.Event()
         self._empty.set()
-        self.broken = False
+        self.broken = trio.Event()
 
     def close(self) -> None:
         """Put the descriptors' modes back; they stay open."""
@@ -81,7 +102,7 @@ class Lines:
     async def receive(self) -> bytes:
         """The next bytes, b"" at the end. Cancellation loses nothing."""
         while True:
-            if self._input in self._blocking:
+            if self._input in self._pollable:
                 await trio.lowlevel.wait_readable(self._input)
             else:
                 await trio.lowlevel.checkpoint()
@@ -94,14 +115,14 @@ class Lines:
 
     def send(self, text: str) -> None:
         """Write a message as one line, now or when there is room. Never waits, never raises."""
-        if self.broken:
+        if self.broken.is_set():
             return
         if "\n" in text or "\r" in text:
             text = text.replace("\n", " ").replace("\r", " ")
         data = memoryview(text.encode("utf-8", "surrogatepass") + b"\n")
         if not self._queue:
             data = data[self._write(data) :]
-            if not data or self.broken:
+            if not data or self.broken.is_set():
                 return
         self._queue.append(data)
         self._queued += len(data)
@@ -110,29 +131,28 @@ class Lines:
 
     def _write(self, data: memoryview) -> int:
         try:
-            return os.write(self._output, data)
+            return os.write(self._output, data[: self._step])
         except BlockingIOError:
             return 0
-        except OSError as error:
-            if error.errno != errno.EINTR:
-                # The client has closed our output. There is nobody to tell; its input will end, too.
-                self.broken = True
-                self._queue.clear()
-                self._queued = 0
-                self._empty.set()
+        except OSError:
+            # The client has closed our output, or the disk is full. There is nobody to tell.
+            self.broken.set()
+            self._queue.clear()
+            self._queued = 0
+            self._empty.set()
             return 0
 
     async def write_queued(self) -> None:
         """Write what did not fit at once. Runs until cancelled."""
         while True:
             self._more = trio.Event()
-            while self._queue and not self.broken:
-                if self._output in self._blocking:
+            while self._queue and not self.broken.is_set():
+                if self._output in self._pollable:
                     await trio.lowlevel.wait_writable(self._output)
                 else:
                     await trio.lowlevel.checkpoint()
                 count = self._write(self._queue[0])
-                if self.broken:
+                if self.broken.is_set():
                     break
                 self._queued -= count
                 self._queue[0] = self._queue[0][count:]
@@ -141,10 +161,24 @@ class Lines:
             self._empty.set()
             await self._more.wait()
 
+    @property
+    def full(self) -> bool:
+        """Whether too much is queued for a client that does not read."""
+        return self._queued > MAX_QUEUED
+
     async def room(self) -> None:
         """Wait while too much is queued for a client that does not read."""
-        if self._queued > MAX_QUEUED:
+        if self.full:
             await self._empty.wait()
+
+    def deserted(self) -> bool:
+        """Whether nobody can ever read what would be written: the client has ended or closed our output."""
+        if self._output in self._blocking:
+            poll = select.poll()
+            poll.register(self._output, 0)
+            if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)):
+                self.broken.set()
+        return self.broken.is_set()
 
     async def flush(self) -> None:
         """Wait until everything is written, or can't be any more."""
@@ -157,6 +191,11 @@ def _pollable(fd: int) -> bool:
     except OSError:
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or (stat.S_ISCHR(mode) and os.isatty(fd))
+
+
+WHOLE: Final = 1 << 30
+TERMINAL_STEP: Final = 1024
+"""Bytes written to a terminal at once: what it has room for whenever it says that it can be written to."""
 
 
 class LineFeed:
@@ -172,8 +211,9 @@ class LineFeed:
         self.on_poke: Any = None
 
     def add(self, text: str, instead: str = "") -> bytes:
-        """Write one message."""
-        self.lines.send(text)
+        """Write one message. While the client does not read, what needs no answer is dropped."""
+        if not self.lines.full or "id" in json.loads(text):
+            self.lines.send(text)
         self.last = self.sent = self.last + 1
         return b""
 
@@ -189,10 +229,11 @@ class LineFeed:
 class LineOutlet:
     """An ``Outlet`` of a call onto the lines."""
 
-    __slots__ = ("feed", "lines", "scope")
+    __slots__ = ("feed", "lines", "scope", "sent_at")
 
     def __init__(self, lines: Lines, feed: Feed) -> None:
         self.lines = lines
+        self.sent_at = float("-inf")
         self.feed: Feed | None = feed
         self.scope: trio.CancelScope | None = None
 
@@ -202,8 +243,16 @@ class LineOutlet:
         return trio.current_time() + COMMENT_AFTER
 
     async def send(self, text: str, instead: str = "") -> None:
-        """Write one message."""
+        """Write one message; wait if the client does not read, and the call's own bounded box drops progress."""
         self.lines.send(text)
+        self.sent_at = trio.current_time()
+        await self.lines.room()
+
+    async def stand_apart(self) -> None:
+        """Let the client read what was sent before it gets the reply (protocol.md section 4.1, progress)."""
+        left = self.sent_at + APART - trio.current_time()
+        if left > 0:
+            await trio.sleep(left)
 
     def say(self, text: str) -> None:
         """Write one message."""
@@ -240,9 +289,19 @@ class StdioFront:
         self._calls = 0
         self._idle = trio.Event()
         self._idle.set()
+        self._begun = False
+        self._taken_back: set[Any] = set()
+        self._met = not remote
+        self._status = 0
+        self._reading = trio.CancelScope()
+        self._draining = trio.CancelScope()
+        self._drains = False
 
     async def run(self) -> int:
-        """Serve until stdin ends and everything asked is answered: the exit status (S3, S6)."""
+        """Serve until stdin ends and all is answered, or nobody can read the answers: the exit status (S3, S6).
+
+        A call has its own limit in time, so the drain has one. Questions of servers are declined meanwhile.
+        """
         if self.server_id is not None and not self.remote:
             try:
                 self.router.check_server(ANONYMOUS, self.server_id)
@@ -253,19 +312,49 @@ class StdioFront:
         session.client.version = LATEST_LEGACY
         # The one thing a session's stream is used for here is to carry messages to the client.
         session.feed = cast(Feed, self._feed)
+        session.open_streams = 1  # it ends with its pipe and never by being idle
         self.legacy.sessions[session.id] = session
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.legacy.run)
                 nursery.start_soon(self.lines.write_queued)
+                nursery.start_soon(self._notice_broken)
                 self._feed.on_poke = lambda: self._announce_soon(session, nursery)
-                await self._read(session, nursery)
-                await self._idle.wait()
-                await self.lines.flush()
+                with self._reading:
+                    await self._read(session, nursery)
+                with self._draining:
+                    await self._drain(session)
                 nursery.cancel_scope.cancel()
         finally:
             self.legacy.close(session)
-        return 0
+        return self._status
+
+    def stop(self, seconds: float) -> None:
+        """Take no more requests; ``run`` returns when what is in flight is answered, at the latest after ``seconds``.
+
+        After the end of the input it returns at once: a client that has closed it and still sends signals has no
+        patience left (lifecycle page, "Shutdown", stdio).
+        """
+        self._draining.deadline = trio.current_time() + (0 if self._drains else seconds)
+        self._reading.cancel()
+
+    async def _notice_broken(self) -> None:
+        await self.lines.broken.wait()
+        self._reading.cancel()
+
+    async def _drain(self, session: Session) -> None:
+        self._drains = not self._reading.cancelled_caught
+        while not self._idle.is_set() and not self._status and not self.lines.deserted():
+            for id, question in list(session.asks.items()):
+                # Nobody is read any more who could answer it.
+                del session.asks[id]
+                decline(question.ask)
+            with trio.move_on_after(DRAIN_TICK):
+                await self._idle.wait()
+        while not self.lines.deserted():
+            with trio.move_on_after(DRAIN_TICK):
+                await self.lines.flush()
+                return
 
     def refuse_server(self) -> None:
         """S3: there is no such server."""
@@ -276,12 +365,23 @@ class StdioFront:
         decoder = LineDecoder(self._max)
         while data := await self.lines.receive():
             for item in decoder.feed(data):
-                await self._opened(session)
+                await self._in_turn(session)
                 self._line(session, nursery, item)
             await self.lines.room()
         for item in decoder.finish():
-            await self._opened(session)
+            await self._in_turn(session)
             self._line(session, nursery, item)
+
+    async def _in_turn(self, session: Session) -> None:
+        """Let the requests before this line be sent first: a cancellation must find its request, a server its order.
+
+        Tasks of one turn of the loop run in any order. A request's is there after one turn, a batch entry's after two.
+        """
+        if self._begun:
+            self._begun = False
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()
+        await self._opened(session)
 
     async def _opened(self, session: Session) -> None:
         """Wait while initialize is being answered: lines come in order, so what follows it is meant for after it."""
@@ -302,6 +402,8 @@ class StdioFront:
             if batch is not None:
                 if session.client.version != BATCH_VERSION or session.state is State.NEW:
                     raise Malformed(f"Batches exist in {BATCH_VERSION} only: send one message a line", INVALID_REQUEST)
+                self._begun = True
+                self._enter()
                 nursery.start_soon(self._batch, session, batch)
                 return
             message = decode_request(line)
@@ -310,7 +412,8 @@ class StdioFront:
             text = "Parse error: invalid JSON" if error.code == PARSE_ERROR else error.reason
             self.lines.send(build_error(error.id_text, error.code, text, {**SOURCE, "reason": error.reason}))
             return
-        log.debug("Received request: %s", message.method or "reply")
+        if message.method:
+            log.debug("Received request: %s", message.method)
         self._take(session, nursery, message)
 
     def _take(self, session: Session, nursery: trio.Nursery, message: Message) -> None:
@@ -327,6 +430,10 @@ class StdioFront:
         elif session.state is State.NEW:
             # Piped by echo: a request without a handshake is answered all the same (S6).
             session.state = State.READY
+        if message.method == "notifications/cancelled":
+            id = message.param("requestId")
+            if type(id) in (str, int, float) and id in session.calls:
+                self._taken_back.add(id)
         reply = self.legacy.handle(session, message, lambda m: self._start(session, nursery, m))
         if reply is not None:
             self.lines.send(reply)
@@ -339,6 +446,7 @@ class StdioFront:
             return
         if message.method == "initialize":
             session.state = State.OPENING
+        self._begun = True
         self._enter()
         nursery.start_soon(self._serve, session, message)
 
@@ -354,18 +462,28 @@ class StdioFront:
 
     async def _serve(self, session: Session, message: Message) -> None:
         try:
-            self.lines.send(await self._answer(session, message))
+            await self.lines.room()
+            text = await self._answer(session, message)
+            # "The receiver of a cancellation SHOULD NOT send a response" (cancellation page).
+            if text and message.id not in self._taken_back:
+                self.lines.send(text)
         finally:
+            self._taken_back.discard(message.id)
             self._leave()
 
     async def _answer(self, session: Session, message: Message) -> str:
-        """The reply to one request. Contains every failure: one request can't end the others."""
+        """The reply to one request, "" for none. Contains every failure: one request can't end the others."""
         outlet = LineOutlet(self.lines, session.feed)
         try:
             if message.method == "initialize":
-                return await self._initialize(session, message, outlet)
-            text, error, _ = await self.legacy.answer(session, message, None, outlet)
-            return text if error is None else self._fault(error, message)
+                text = await self._initialize(session, message, outlet)
+            else:
+                text, error, _ = await self.legacy.answer(session, message, None, outlet)
+                if error is not None:
+                    return self._fault(error, message)
+                await outlet.stand_apart()
+            self._met = True
+            return text
         except GatewayError as error:
             return self._fault(error, message)
         except Exception:
@@ -391,7 +509,9 @@ class StdioFront:
         data = {**SOURCE, "reason": error.message}
         if isinstance(error, AuthError):
             return build_error(message.id_text, DENIED, error.message, data)
-        if self.server_id is None and not self.remote:
+        if self.remote and isinstance(error, UpstreamError):
+            return self._remote_fault(error, message, data)
+        if self.server_id is None:
             return failure(error, message.method, message.id_text)[1]
         if isinstance(error, StartFailed):
             return build_error(message.id_text, UNREACHABLE, f"Failed to connect to server: {error.message}", data)
@@ -399,15 +519,33 @@ class StdioFront:
             return build_error(message.id_text, error.code, f"Server error: {error.message}", data)
         return failure(error, message.method, message.id_text)[1]
 
+    def _remote_fault(self, error: UpstreamError, message: Message, data: dict[str, Any]) -> str:
+        """S8: what the gateway behind us refuses, or that it is not there."""
+        if isinstance(error, CredentialsRefused):
+            text = f"{error.message} (MCP_GATEWAY_API_KEY is the key that is sent)"
+            return build_error(message.id_text, DENIED, text, data)
+        if isinstance(error, NoSuchServer):
+            if self._met:
+                return build_error(message.id_text, UNKNOWN, f"Server '{self.server_id}' not found", data)
+            if not self._status:
+                self._status = 1
+                self.refuse_server()
+                self._reading.cancel()
+            return ""
+        if isinstance(error, ServerProtocolError):
+            return build_error(message.id_text, error.code, f"Server error: {error.message}", data)
+        return build_error(message.id_text, UNREACHABLE, f"Failed to connect to server: {error.message}", data)
+
     async def _batch(self, session: Session, texts: list[str]) -> None:
-        """JSON-RPC batch (2025-03-26 only): all replies in one array."""
+        """JSON-RPC batch (2025-03-26 only): all replies in one array. The caller has counted it as a call."""
         replies: list[str] = []
-        self._enter()
         try:
             async with trio.open_nursery() as nursery:
 
                 async def one(message: Message) -> None:
-                    replies.append(await self._answer(session, message))
+                    text = await self._answer(session, message)
+                    if text:
+                        replies.append(text)
 
                 replies += self.legacy.each(session, texts, lambda m: nursery.start_soon(one, m))
             if replies:
@@ -424,7 +562,8 @@ class StdioFront:
     async def _announce(self, session: Session) -> None:
         await trio.sleep(COALESCE)
         self._announcing = False
-        session.announce()
+        if session.dirty():  # before its initialize nothing is announced
+            session.announce()
 
 
 SOURCE: Final = {"source": "gateway"}

@@ -56,13 +56,15 @@ class Origin:
     """A server that is reached by HTTP: an absolute URL and the headers every request to it carries.
 
     ``transport`` makes the httpx transport to use (unix sockets, tunnels); None means the ordinary one.
-    ``allow_private`` is the address policy of RB55: "auto", True or False.
+    ``allow_private`` is the address policy of RB55: "auto", True or False. ``plain`` is set where another gateway is
+    behind the URL: where it takes plain calls, and the id of the server meant, "" for its merged view (compat S8).
     """
 
     url: str
     headers: tuple[tuple[str, str], ...] = ()
     transport: Callable[[], Any] | None = None
     allow_private: bool | str = "auto"
+    plain: tuple[str, str] | None = None
     details: Mapping[str, Any] = attrs.field(factory=dict)
 
 

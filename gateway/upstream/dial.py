@@ -359,6 +359,11 @@ class Target:
         name = shown(url) if written else f"{url.scheme}://{url.netloc.decode('ascii', 'replace')}"
         return cls(url, tuple((name.encode(), value.encode()) for name, value in headers.items()), name)
 
+    def at(self, url: str) -> Target:
+        """The same, at another URL of the same origin."""
+        goal = httpx.URL(url)
+        return attrs.evolve(self, url=goal, name=shown(goal))
+
 
 # --------------------------------------------------------------------------------------------------------- the border
 @contextmanager

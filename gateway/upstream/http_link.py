@@ -17,7 +17,15 @@ from urllib.parse import urlsplit
 import httpx
 import trio
 
-from gateway.errors import GatewayError, LinkLost, RateLimited, ServerProtocolError, UpstreamError, UpstreamTimeout
+from gateway.errors import (
+    CredentialsRefused,
+    GatewayError,
+    LinkLost,
+    RateLimited,
+    ServerProtocolError,
+    UpstreamError,
+    UpstreamTimeout,
+)
 from gateway.exchange import Ask, Call, Exchange, Interim, Reply, internal_exchange
 from gateway.protocol.eras import Era
 from gateway.protocol.message import (
@@ -279,7 +287,7 @@ class HttpLink:
     # -------------------------------------------------------------------------------------------------- what comes back
     def _strike(self, error: GatewayError) -> None:
         """Count failures that say the server is away. The last of a row ends the link, if nobody else is using it."""
-        if type(error) in (UpstreamError, LinkLost):
+        if type(error) in (UpstreamError, LinkLost, CredentialsRefused):
             self._strikes += 1
             if self._strikes >= MAX_STRIKES and not self.pending.calls:
                 self.lose(LinkLost(error.message))
@@ -322,7 +330,9 @@ class HttpLink:
                 f"{who} redirects to {goal[:200]} (HTTP {status}); redirects are not followed, set url to its goal"
             )
         if status in (401, 403):
-            return UpstreamError(f"{who} refuses our credentials (HTTP {status}); check headers in the catalog{said}")
+            return CredentialsRefused(
+                f"{who} refuses our credentials (HTTP {status}); check the headers or the key that it gets{said}"
+            )
         kind = UpstreamError if status >= 500 else ServerProtocolError
         return kind(f"{who} answered with HTTP {status}{said}")
 

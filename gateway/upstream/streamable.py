@@ -11,7 +11,7 @@ from typing import Any, Final
 import httpx
 import trio
 
-from gateway.errors import GatewayError, LinkLost, ServerProtocolError, UpstreamError, UpstreamTimeout
+from gateway.errors import GatewayError, LinkLost, NoSuchServer, ServerProtocolError, UpstreamError, UpstreamTimeout
 from gateway.exchange import Call, Reply
 from gateway.protocol import handshake
 from gateway.protocol.message import (
@@ -27,7 +27,7 @@ from gateway.protocol.message import (
 from gateway.protocol.sse import EVENT_STREAM, Decoder
 from gateway.upstream.http_link import JSON_BODY, HttpLink, NoStreamableHttp, body_of, content_type, one_line
 
-__all__ = ["StreamableLink"]
+__all__ = ["StreamableLink", "deliverable"]
 
 log = logging.getLogger("gateway_core")
 
@@ -39,7 +39,7 @@ REOPEN: Final = 1.0
 MAX_REOPEN: Final = 30.0
 MAX_RESUMES: Final = 3
 """Failed attempts in a row to take up a broken stream."""
-RENEW_LIMIT: Final = 30.0
+RENEW_LIMIT: Final = 60.0
 """Seconds for a handshake that replaces a lost session."""
 
 _visible = re.compile(r"[\x21-\x7e]{1,4096}").fullmatch
@@ -96,7 +96,7 @@ class StreamableLink(HttpLink):
         session, version = self._offered, str(facts["protocolVersion"])
         if not session:
             self._can_ask = False
-            facts = {**facts, "capabilities": _deliverable(facts["capabilities"])}
+            facts = {**facts, "capabilities": deliverable(facts["capabilities"])}
         # Only a session that knows of ``initialized`` takes calls, so the old one is kept until then.
         with trio.move_on_after(timeout):
             await self._submit(build_notification(handshake.INITIALIZED), self._headers(session, version))
@@ -224,10 +224,16 @@ class StreamableLink(HttpLink):
             return
         ours = message.id == call.id
         code, text = message.result.get("code"), str(message.result.get("message", ""))
-        if not ours and session and (status == 404 or (status == 400 and _about_session(text))):
-            # TypeScript's examples answer 400 for a session they do not know. Either way nothing has run.
+        about = _about_session(text) is not None
+        if session and (about or not ours if status == 404 else about and not ours and status == 400):
+            # TypeScript's examples answer 400 for a session they do not know, and some (we do) name the request in a
+            # 404. Either way nothing has run.
             raise _SessionLost
         opening = call.exchange.message.method == "initialize"
+        data = message.result.get("data")
+        if opening and status == 404 and code == -32001 and isinstance(data, dict) and data.get("source") == "gateway":
+            # Ours, about the path: an older transport would hear the same (compat S3, S8).
+            raise NoSuchServer(f"Server '{self.server_id}' at {self._target.name} is not known there: {text[:200]}")
         if opening and status in (400, 404, 405) and code not in (-32020, -32021, -32022):
             raise NoStreamableHttp(
                 f"Server '{self.server_id}' at {self._target.name} answered initialize with HTTP {status}: {text[:200]}"
@@ -330,7 +336,7 @@ class StreamableLink(HttpLink):
                 await trio.sleep(min(trail.wait * 2 ** min(failures, 5), MAX_REOPEN))
 
 
-def _deliverable(capabilities: Mapping[str, Any]) -> dict[str, Any]:
+def deliverable(capabilities: Mapping[str, Any]) -> dict[str, Any]:
     """What a server without a session can keep of its claims (protocol.md section 4.6)."""
     kept: dict[str, Any] = {}
     for name, value in capabilities.items():

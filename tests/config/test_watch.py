@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import trio
 import trio.testing
 
 from gateway.config import watch as watch_module
+from gateway.config.digest import digest_of
 from gateway.config.watch import watch
 
 INTERVAL = 0.25
@@ -232,7 +232,7 @@ async def test_RB30_deleted_and_back(
     mock_clock: trio.testing.MockClock, catalog: Path, lines: Callable[[], list[str]]
 ) -> None:
     watched = Watched(mock_clock, catalog)
-    watched.digests = {catalog: hashlib.sha256(b"one").digest()}
+    watched.digests = {catalog: digest_of((b"one",))}
     async with watched.running():
         catalog.unlink()
         await watched.pass_time(10)
@@ -280,7 +280,7 @@ async def test_RB30_unreadable(
 
 async def test_W7_refused_file_is_tried_once(mock_clock: trio.testing.MockClock, catalog: Path) -> None:
     watched = Watched(mock_clock, catalog)
-    watched.digests = {catalog: hashlib.sha256(b"one").digest()}  # stays what it is: no reload succeeds
+    watched.digests = {catalog: digest_of((b"one",))}  # stays what it is: no reload succeeds
     async with watched.running():
         catalog.write_text("servers: [")
         await watched.pass_time(10)
@@ -292,7 +292,7 @@ async def test_W7_refused_file_is_tried_once(mock_clock: trio.testing.MockClock,
 
 async def test_change_between_load_and_first_look_is_noticed(mock_clock: trio.testing.MockClock, catalog: Path) -> None:
     watched = Watched(mock_clock, catalog)
-    watched.digests = {catalog: hashlib.sha256(b"zero").digest()}
+    watched.digests = {catalog: digest_of((b"zero",))}
     async with watched.running():
         await watched.pass_time(1)
         assert watched.contents() == [["one"]]
@@ -302,11 +302,11 @@ async def test_W10_what_was_reloaded_by_hand_is_not_loaded_again(
     mock_clock: trio.testing.MockClock, catalog: Path
 ) -> None:
     watched = Watched(mock_clock, catalog)
-    watched.digests = {catalog: hashlib.sha256(b"one").digest()}
+    watched.digests = {catalog: digest_of((b"one",))}
     async with watched.running():
         catalog.write_text("two")
         await watched.pass_time(0.25)
-        watched.digests = {catalog: hashlib.sha256(b"two").digest()}
+        watched.digests = {catalog: digest_of((b"two",))}
         await watched.pass_time(3)
         assert watched.reloads == []
 
