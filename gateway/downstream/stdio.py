@@ -290,6 +290,7 @@ class StdioFront:
         self._idle = trio.Event()
         self._idle.set()
         self._begun = False
+        self._unasked = False
         self._taken_back: set[Any] = set()
         self._met = not remote
         self._status = 0
@@ -428,8 +429,10 @@ class StdioFront:
             if session.state is State.NEW and message.method != "initialize" and message.kind is not REQUEST:
                 return
         elif session.state is State.NEW:
-            # Piped by echo: a request without a handshake is answered all the same (S6).
+            # Piped by echo: a request without a handshake is answered all the same (S6), and what follows it waits as
+            # it does for initialize: the callers that wait for one start are woken in any order.
             session.state = State.READY
+            self._unasked = True
         if message.method == "notifications/cancelled":
             id = message.param("requestId")
             if type(id) in (str, int, float) and id in session.calls:
@@ -444,11 +447,12 @@ class StdioFront:
             busy = Overloaded(f"{MAX_CALLS} requests are in flight")
             self.lines.send(failure(busy, message.method, message.id_text)[1])
             return
-        if message.method == "initialize":
+        unasked, self._unasked = self._unasked, False
+        if unasked or message.method == "initialize":
             session.state = State.OPENING
         self._begun = True
         self._enter()
-        nursery.start_soon(self._serve, session, message)
+        nursery.start_soon(self._serve, session, message, unasked)
 
     def _enter(self) -> None:
         self._calls += 1
@@ -460,10 +464,10 @@ class StdioFront:
         if not self._calls:
             self._idle.set()
 
-    async def _serve(self, session: Session, message: Message) -> None:
+    async def _serve(self, session: Session, message: Message, unasked: bool) -> None:
         try:
             await self.lines.room()
-            text = await self._answer(session, message)
+            text = await self._answer(session, message, unasked)
             # "The receiver of a cancellation SHOULD NOT send a response" (cancellation page).
             if text and message.id not in self._taken_back:
                 self.lines.send(text)
@@ -471,10 +475,16 @@ class StdioFront:
             self._taken_back.discard(message.id)
             self._leave()
 
-    async def _answer(self, session: Session, message: Message) -> str:
+    async def _answer(self, session: Session, message: Message, unasked: bool = False) -> str:
         """The reply to one request, "" for none. Contains every failure: one request can't end the others."""
         outlet = LineOutlet(self.lines, session.feed)
         try:
+            if unasked:
+                try:
+                    await self.legacy.introduce(session, outlet)
+                finally:
+                    session.state = State.READY
+                    self._opening.set()
             if message.method == "initialize":
                 text = await self._initialize(session, message, outlet)
             else:
