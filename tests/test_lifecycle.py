@@ -69,7 +69,7 @@ def test_L6_an_asked_for_end_is_no_failure_and_forgives_none() -> None:
     assert feed(feed(state, Event.STOP, 1), Event.FAILED, 2, error="while stopping").phase is Phase.IDLE
 
 
-def test_L16_phases_show_as_the_statuses_of_compat_h16() -> None:
+def test_L1_H16_phases_show_as_the_statuses_of_compat() -> None:
     assert [p.value for p in Phase] == ["stopped", "starting", "running", "shutting_down", "unhealthy"]
 
 

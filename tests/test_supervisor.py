@@ -252,7 +252,7 @@ async def test_RB07_callers_wait_to_their_own_deadline_and_the_start_goes_on(
     assert script.starts == 1
 
 
-async def test_RB03_P2_a_crash_fails_its_calls_and_replays_none(house: House, autojump_clock: MockClock) -> None:
+async def test_RB03_L13_P2_a_crash_fails_its_calls_and_replays_none(house: House, autojump_clock: MockClock) -> None:
     def crash(pipe: MemoryPipe, message: dict[str, Any]) -> None:
         if message.get("method") == "tools/call":
             pipe.exit(3)
@@ -532,3 +532,45 @@ async def test_G18_new_settings_reach_running_units(house: House, autojump_clock
     assert (unit.limit, house.supervisor.starting.total_tokens) == (2, 3)
     await trio.sleep(6)
     assert script.running == 0
+
+
+async def test_L4_L5_L11_G7_K16_a_failed_health_check_shows_and_the_next_call_restarts(
+    house: House, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gateway.upstream.pipe import PipeLink
+
+    healthy = True
+    pings = 0
+
+    async def ping(self: PipeLink, seconds: float) -> None:
+        nonlocal pings
+        pings += 1
+        if not healthy:
+            raise UpstreamTimeout("no answer to ping")
+
+    monkeypatch.setattr(PipeLink, "ping", ping)
+    held: list[dict[str, Any]] = []
+    script = Script(answer=lambda pipe, m: held.append(m) if m.get("method") == "tools/call" else None)
+    unit = house.unit(script, health_check_interval_seconds=10, idle_timeout_seconds=95)
+    assert pings == 0, "checks start nothing"
+    async with trio.open_nursery() as nursery:
+
+        async def one() -> None:
+            await call(unit, seconds=60)
+
+        nursery.start_soon(one)
+        await trio.sleep(11)
+        healthy = False
+        await trio.sleep(10)
+        assert (unit.shown_status, script.running) == ("unhealthy", 1), "a server at work is left alone"
+        assert house.supervisor.status("s").last_error == "no answer to ping"
+        script.pipe.say({"jsonrpc": "2.0", "id": held[0]["id"], "result": {}})
+    await trio.sleep(11)
+    assert script.running == 0
+    assert unit.state.failures == 1
+    healthy = True
+    script.answer = None
+    await call(unit)
+    assert (script.starts, unit.shown_status) == (2, "running")
+    await trio.sleep(96)
+    assert script.running == 0, "checks are no activity"

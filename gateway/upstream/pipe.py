@@ -194,6 +194,8 @@ class PipeLink:
     def _send(self, text: str) -> None:
         if self.lost is not None:
             raise self.lost
+        if log.isEnabledFor(TRACE):
+            log.log(TRACE, "Sent message %s", text)
         if "\n" in text or "\r" in text:
             # Between the tokens of a checked message only: strings can't hold them.
             text = text.replace("\n", " ").replace("\r", " ")

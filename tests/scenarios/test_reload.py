@@ -30,7 +30,7 @@ def summary(gateway: RunningGateway, count: int = 1) -> str:
 NEW = [echo_entry("keep"), echo_entry("edit", env={"X": "2"}), echo_entry("new")]
 
 
-def test_A12_W3_W4_W5_W6_W8_W9_P11_an_editors_rename(gateway: RunningGateway) -> None:
+def test_A12_RB32_W3_W4_W5_W6_W8_W9_P11_an_editors_rename(gateway: RunningGateway) -> None:
     before = {id: pid(gateway, id) for id in ("keep", "edit", "drop")}
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         running = [pool.submit(gateway.call, id, "sleep", {"seconds": 3}) for id in before]
@@ -92,7 +92,7 @@ def test_A12_W1_RB31_a_hundred_writes_in_a_second_are_one_reload(gateway: Runnin
         ("", None),
     ],
 )
-def test_A12_W7_RB30_half_a_file_keeps_the_old_catalog(gateway: RunningGateway, bad: str, kind: str | None) -> None:
+def test_A12_W2_W7_RB30_half_a_file_keeps_the_old_catalog(gateway: RunningGateway, bad: str, kind: str | None) -> None:
     if kind is None:
         gateway.catalog.unlink()
     else:
@@ -108,7 +108,7 @@ def test_A12_W7_RB30_half_a_file_keeps_the_old_catalog(gateway: RunningGateway, 
     assert pid(gateway, "keep") == before
 
 
-def test_H9_H24_W10_manual_reload(tmp_path: Path) -> None:
+def test_G12_H9_H24_W10_manual_reload(tmp_path: Path) -> None:
     with RunningGateway(tmp_path, [echo_entry("a")], config={"hot_reload": False}) as gateway:
         gateway.write([echo_entry("a"), echo_entry("b")])
         time.sleep(1.5)
