@@ -40,7 +40,9 @@ __all__ = [
     "Owner",
     "Reply",
     "Slow",
+    "decline",
     "internal_exchange",
+    "own_request",
 ]
 
 MAX_BOX: Final = 256
@@ -369,3 +371,31 @@ def internal_exchange(
 
 GATEWAY: Final = Principal("gateway")
 _NO_SNAPSHOT: Final = Snapshot()
+
+
+def decline(ask: Ask) -> None:
+    """Answer a question that has no client behind it, or not any more (protocol.md section 4.2, rule 5)."""
+    method = ask.message.method
+    if method == "elicitation/create":
+        ask.resolve('{"action":"cancel"}')
+    elif method == "sampling/createMessage":
+        ask.refuse(-1, "No client can be asked for sampling")
+    else:
+        ask.refuse(-32601, f"Method not found: {method}")
+
+
+async def own_request(link: Link, method: str, params_text: str, seconds: float) -> Message:
+    """A request of the gateway's own over a link: the reply, which may be an error. Raises what ``Call.next`` raises.
+
+    Questions meanwhile are declined. Cancelling it cancels the request at the server.
+    """
+    call = link.call(internal_exchange(method, params_text, trio.current_time() + seconds))
+    try:
+        while True:
+            event = await call.next()
+            if type(event) is Reply:
+                return event.message
+            if type(event) is Ask:
+                decline(event)
+    finally:
+        call.cancel("no longer needed")

@@ -18,7 +18,7 @@ from gateway.config.model import ServerSpec
 from gateway.config.snapshot import Snapshot
 from gateway.directory import LISTS, Listing, Merged, Route, merge
 from gateway.errors import GatewayError, ServerProtocolError, UnknownTarget, UpstreamTimeout
-from gateway.exchange import Call, Client, Exchange, Reply
+from gateway.exchange import Ask, Call, Client, Exchange, Reply, decline
 from gateway.hub import ALL, Hub, Subscription
 from gateway.protocol.message import INVALID_PARAMS, METHOD_NOT_FOUND, RESULT, dumps
 from gateway.supervisor import Supervisor, Unit
@@ -211,6 +211,8 @@ class Router:
                 event = await call.next()
                 if type(event) is Reply:
                     return event
+                if type(event) is Ask:
+                    decline(event)
         finally:
             call.cancel()
 

@@ -19,7 +19,7 @@ import trio
 
 from gateway.auth.principal import Principal
 from gateway.downstream.server import ClientGone, Request
-from gateway.downstream.sessions import CANCELLED, MAX_ASKS, Session, decline
+from gateway.downstream.sessions import CANCELLED, MAX_ASKS, Session
 from gateway.downstream.streams import (
     STREAM_HEADERS,
     Budget,
@@ -32,7 +32,7 @@ from gateway.downstream.streams import (
     priming,
 )
 from gateway.errors import AuthError, ClientProtocolError, GatewayError, Overloaded, UnknownTarget
-from gateway.exchange import Ask, Call, Exchange, Interim, Reply
+from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline
 from gateway.protocol.message import REQUEST, Malformed, Message, build_error, build_result, decode_request
 from gateway.protocol.session import (
     BATCH_VERSION,

@@ -16,13 +16,13 @@ import trio
 
 from gateway.auth.principal import Principal
 from gateway.downstream.streams import EventLog, Feed
-from gateway.exchange import Ask, Call, Client, Interim
+from gateway.exchange import Ask, Call, Client, Interim, decline
 from gateway.hub import Subscription
 from gateway.protocol.eras import Era
 from gateway.protocol.message import Message, build_notification, dumps
 from gateway.protocol.session import Hello, State, announce
 
-__all__ = ["CANCELLED", "MAX_ASKS", "Session", "decline"]
+__all__ = ["CANCELLED", "MAX_ASKS", "Session"]
 
 MAX_ASKS: Final = 64
 """Questions a session may have open at its client."""
@@ -44,17 +44,6 @@ class Question:
         self.ask = ask
         self.number = number
         self.at = trio.current_time()
-
-
-def decline(ask: Ask) -> None:
-    """Answer a question in the place of a client that can't be asked any more (protocol.md section 4.2, rule 5)."""
-    method = ask.message.method
-    if method == "elicitation/create":
-        ask.resolve('{"action":"cancel"}')
-    elif method == "sampling/createMessage":
-        ask.refuse(-1, "The client has not answered")
-    else:
-        ask.refuse(-32601, f"Method not found: {method}")
 
 
 class Session:

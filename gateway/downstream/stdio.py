@@ -19,7 +19,7 @@ import trio
 
 from gateway.auth.principal import ANONYMOUS
 from gateway.downstream.legacy import LegacyFront
-from gateway.downstream.sessions import Session, decline
+from gateway.downstream.sessions import Session
 from gateway.downstream.streams import COMMENT_AFTER, Feed
 from gateway.errors import (
     AuthError,
@@ -32,6 +32,7 @@ from gateway.errors import (
     UnknownTarget,
     UpstreamError,
 )
+from gateway.exchange import decline
 from gateway.protocol.eras import LATEST_LEGACY, is_modern
 from gateway.protocol.framing import LineDecoder, Oversize
 from gateway.protocol.message import (

@@ -26,7 +26,7 @@ from gateway.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from gateway.exchange import Ask, Call, Exchange, Interim, Reply, internal_exchange
+from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, own_request
 from gateway.protocol.eras import Era
 from gateway.protocol.message import (
     ERROR,
@@ -44,7 +44,7 @@ from gateway.protocol.sse import Event, Oversize
 from gateway.telemetry.logs import TRACE, Throttle
 from gateway.upstream.dial import CONNECT_LIMIT, Target, border
 from gateway.upstream.pending import Pending
-from gateway.upstream.pipe import TICK, decline
+from gateway.upstream.pipe import TICK
 from gateway.upstream.terms import Terms
 
 __all__ = [
@@ -226,16 +226,7 @@ class HttpLink:
 
         Cancelling it cancels the request at the server.
         """
-        call = self.call(internal_exchange(method, params_text, trio.current_time() + timeout))
-        try:
-            while True:
-                event = await call.next()
-                if type(event) is Reply:
-                    return event.message
-                if type(event) is Ask:
-                    decline(event)
-        finally:
-            call.cancel("no longer needed")
+        return await own_request(self, method, params_text, timeout)
 
     def notify(self, method: str, params_text: str = "") -> None:
         """Send a notification; dropped when the link is lost or full."""

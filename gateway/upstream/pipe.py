@@ -17,7 +17,7 @@ from typing import Any, Final
 import trio
 
 from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed, UpstreamTimeout
-from gateway.exchange import Ask, Call, Exchange, Interim, Reply, internal_exchange
+from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, own_request
 from gateway.protocol import handshake
 from gateway.protocol.eras import Era
 from gateway.protocol.framing import LineDecoder, Oversize
@@ -36,7 +36,7 @@ from gateway.runtimes.base import Pipe
 from gateway.telemetry.logs import TRACE, Throttle
 from gateway.upstream.pending import Pending
 
-__all__ = ["PipeLink", "decline"]
+__all__ = ["PipeLink", "start_failure"]
 
 log = logging.getLogger("gateway_core")
 
@@ -52,17 +52,6 @@ EXIT_WAIT: Final = 0.05
 """Seconds to wait for the exit code after the end of the output, so that callers are told why (P4: 100 ms)."""
 
 _any_id = re.compile(rb'"id" ?: ?([0-9]{1,18})')
-
-
-def decline(ask: Ask) -> None:
-    """Answer a question that has no client behind it (protocol.md section 4.2, rule 5)."""
-    method = ask.message.method
-    if method == "elicitation/create":
-        ask.resolve('{"action":"cancel"}')
-    elif method == "sampling/createMessage":
-        ask.refuse(-1, "No client of this shared server can be asked for sampling")
-    else:
-        ask.refuse(-32601, f"Method not found: {method}")
 
 
 class PipeLink:
@@ -244,16 +233,7 @@ class PipeLink:
 
         Cancelling it cancels the request at the server.
         """
-        call = self.call(internal_exchange(method, params_text, trio.current_time() + timeout))
-        try:
-            while True:
-                event = await call.next()
-                if type(event) is Reply:
-                    return event.message
-                if type(event) is Ask:
-                    decline(event)
-        finally:
-            call.cancel("no longer needed")
+        return await own_request(self, method, params_text, timeout)
 
     def notify(self, method: str, params_text: str = "") -> None:
         """Send a notification; dropped when the link is lost or full."""
