@@ -135,17 +135,11 @@ class Router:
         server_id = exchange.server_id
         if server_id is None:
             return await self._merged(exchange)
-        spec = exchange.snapshot.catalog.by_id.get(server_id)
-        if spec is None or not (
-            exchange.principal.namespaces is None or spec.namespace in exchange.principal.namespaces
-        ):
-            raise UnknownTarget(f"Server '{server_id}' not found")
-        unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
+        spec = self.check_server(exchange.principal, server_id, exchange.snapshot)
         if method in SPECIAL:
+            unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
             return await SPECIAL[method](self, exchange, unit)
-        if not unit.try_enter(exchange.deadline):
-            await unit.enter(exchange.deadline)
-        return unit.begin(exchange)
+        return await self._to(spec, exchange)
 
     def dispatch_now(self, exchange: Exchange) -> Reply | Call | None:
         """What ``dispatch`` does where nothing has to be waited for; else None, with nothing done. Raises GatewayError.
@@ -280,7 +274,8 @@ class Router:
         listed: list[tuple[ServerSpec, Listing]] = []
         cold: list[ServerSpec] = []
         for spec in specs:
-            listing = self.supervisor.unit(spec, exchange.client, exchange.principal).listings.get(method)
+            unit = self.supervisor.unit(spec, exchange.client, exchange.principal, listing=True)
+            listing = unit.listings.get(method)
             if listing is None:
                 cold.append(spec)
             else:
@@ -327,7 +322,7 @@ class Router:
         return self._joined(method, [(spec, found[spec.id]) for spec in specs if spec.id in found], missing)
 
     async def _listing(self, spec: ServerSpec, method: str, exchange: Exchange) -> Listing:
-        unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
+        unit = self.supervisor.unit(spec, exchange.client, exchange.principal, listing=True)
         await unit.enter(exchange.deadline)
         try:
             link = unit.link

@@ -677,8 +677,12 @@ class Supervisor:
             raise StartFailed(f"Runtime type '{spec.runtime_type}' is not available in this build")
         return runtime
 
-    def unit(self, spec: ServerSpec, client: Client, principal: Principal) -> Unit:
-        """The unit that serves this client, made if there is none; nothing is started."""
+    def unit(self, spec: ServerSpec, client: Client, principal: Principal, *, listing: bool = False) -> Unit:
+        """The unit that serves this client, made if there is none; nothing is started.
+
+        ``listing`` asks for it to list what it has: servers that are isolated by call have one unit for that, whose
+        lists are kept.
+        """
         isolation = spec.isolation
         if isolation == "shared":
             unit = self._shared.get(spec)
@@ -695,6 +699,8 @@ class Supervisor:
             owner = Client(client.key, client.era, client.version, client.capabilities, client.info)
         elif isolation == "tenant":
             key, owner = (spec, principal.tenant), None
+        elif listing:
+            key, owner = (spec, "listing"), None
         else:
             key = object()
         unit = self._isolated.get(key)

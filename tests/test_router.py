@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from scripted import SCRIPTED, MemoryPipe, Script, ScriptedSpec
@@ -268,3 +269,16 @@ async def test_notifications_reach_running_servers_only(start: Any) -> None:
     note("notifications/roots/list_changed")
     await wait_all_tasks_blocked()
     assert house.scripts["a"].methods()[-1] == "notifications/x"
+
+
+async def test_a_server_isolated_by_call_is_listed_once_and_leaves_nothing(start: Any) -> None:
+    house = await start(a=tool_server("x"))
+    spec = attrs.evolve(house.specs[0], isolation="call")
+    house.snapshot = Snapshot(Settings(), Catalog((spec,)))
+    for n in range(3):
+        assert (await house.ask(None, "tools/call", {"name": "a__x"})).result["called"] == "tools/call"
+        await wait_all_tasks_blocked()
+        assert house.scripts["a"].methods().count("tools/list") == 1
+        assert house.scripts["a"].starts == 2 + n, "one to list, one for each call"
+    assert len(house.supervisor.units()) == 1
+    assert house.scripts["a"].running == 0
