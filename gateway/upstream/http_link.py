@@ -267,6 +267,8 @@ class HttpLink:
             content=body,
             extensions={"timeout": {"connect": CONNECT_LIMIT}},
         )
+        if body is not None:
+            request.stream = _Body(body)
         with border(self.server_id, self._target.name):
             response = await self._transport.handle_async_request(request)
             response.request = request
@@ -442,6 +444,22 @@ class HttpLink:
                 call.deliver(Interim(message.text))
             else:
                 self._terms.on_notice(message)
+
+
+class _Body(httpx.AsyncByteStream):
+    """A request's body. httpx's own is an async generator, which a send that is cancelled leaves to the collector."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data: bytes | None = data
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        data, self._data = self._data, None
+        if data is None:
+            raise StopAsyncIteration
+        return data
 
 
 @asynccontextmanager
