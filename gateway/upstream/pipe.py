@@ -42,6 +42,8 @@ log = logging.getLogger("gateway_core")
 
 MAX_OUTBOX: Final = 16 * 1024 * 1024
 """Bytes that may wait for a server that does not read."""
+MAX_FRAMES: Final = 16384
+"""Messages that may wait for it: a small one costs several times its bytes (answers to a flood of pings, RB09)."""
 TICK: Final = 0.05
 """Seconds between two looks at the calls in flight; SLOW_AFTER and RB20's 100 ms rest on it."""
 JOIN_FROM: Final = 8
@@ -204,7 +206,7 @@ class PipeLink:
             self._queued += size - count
             self._wake_writer.set()
             return
-        if self._queued + size > MAX_OUTBOX:
+        if self._queued + size > MAX_OUTBOX or len(self._outbox) >= MAX_FRAMES:
             raise Overloaded(f"Server '{self.server_id}' does not read its input; {self._queued} bytes wait for it")
         self._outbox.append(memoryview(data))
         self._queued += size
