@@ -18,6 +18,8 @@ from gateway.protocol.message import dumps, quote
 
 __all__ = ["LISTS", "NAME_LIMIT", "Listing", "Merged", "Route", "merge", "prefix_of"]
 
+UNAVAILABLE: Final = "io.github.open-mcp-gateway/unavailable"
+"""The ``_meta`` key under which a merged list names the servers that are not in it, and why."""
 NAME_LIMIT: Final = 48
 """Hosts add prefixes of their own, and model APIs cut names at 64 characters."""
 
@@ -32,10 +34,15 @@ LISTS: Final[Mapping[str, tuple[str, str]]] = {
 
 @attrs.frozen
 class Listing:
-    """The items of one server for one list method, as decoded JSON, in the server's order."""
+    """The items of one server for one list method, as decoded JSON, in the server's order.
+
+    ``ttl_ms`` and ``public`` say how long and by whom it may be kept, as far as the server has said so.
+    """
 
     method: str
     items: tuple[Mapping[str, Any], ...] = ()
+    ttl_ms: int = attrs.field(default=0, eq=False)
+    public: bool = attrs.field(default=False, eq=False)
 
 
 @attrs.frozen
@@ -48,14 +55,16 @@ class Route:
 
 @attrs.frozen
 class Merged:
-    """One list over several servers: the result as JSON text, and the way back from each name.
+    """One list over several servers: the result as JSON text and decoded, and the way back from each name.
 
     ``problems`` holds a sentence for each name that had to be changed beyond its prefix.
     """
 
     text: str
+    result: Mapping[str, Any]
     routes: Mapping[str, Route]
     problems: tuple[str, ...] = ()
+    cache: tuple[int, str] = (0, "private")
 
 
 def prefix_of(spec: ServerSpec) -> str:
@@ -87,7 +96,9 @@ def merge(
     by_uri = key != "name"
     routes: dict[str, Route] = {}
     texts: list[str] = []
+    items: list[Mapping[str, Any]] = []
     problems: list[str] = []
+    listings = list(listings)
     for spec, listing in listings:
         prefix = "" if by_uri else prefix_of(spec)
         for item in listing.items:
@@ -101,6 +112,15 @@ def merge(
                 if name in routes:
                     continue
             routes[name] = Route(spec, own)
-            texts.append(dumps(item if name == own else {**item, key: name}))
-    meta = "" if not missing else ',"_meta":{"io.github.open-mcp-gateway/unavailable":' + dumps(dict(missing)) + "}"
-    return Merged(f"{{{quote(member)}:[{','.join(texts)}]{meta}}}", routes, tuple(problems))
+            items.append(item if name == own else {**item, key: name})
+            texts.append(dumps(items[-1]))
+    result: dict[str, Any] = {member: items}
+    meta = ""
+    if missing:
+        result["_meta"] = {UNAVAILABLE: dict(missing)}
+        meta = f',"_meta":{dumps(result["_meta"])}'
+    # As long as the shortest of its parts; for everybody only if all are (protocol.md section 5, cache).
+    ttl = 0 if missing else min((listing.ttl_ms for _, listing in listings), default=0)
+    public = not missing and all(listing.public and spec.isolation == "shared" for spec, listing in listings)
+    text = f"{{{quote(member)}:[{','.join(texts)}]{meta}}}"
+    return Merged(text, result, routes, tuple(problems), (ttl, "public" if public and texts else "private"))

@@ -12,6 +12,7 @@ progress and logs, never a question or the reply.
 from __future__ import annotations
 
 import enum
+import json
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
@@ -73,6 +74,7 @@ class Client:
     capabilities  the client's declared capabilities, as decoded JSON
     info          its clientInfo
     owner         how to reach it outside a call; None for a client that can't be reached
+    context       what a modern server is told of it, made by the links when first needed; None again when it changes
     """
 
     key: str
@@ -82,6 +84,12 @@ class Client:
     info: Mapping[str, Any] = attrs.field(factory=dict)
     owner: Owner | None = None
     log_level: str | None = None
+    context: str | None = None
+
+    def set_log_level(self, level: str | None) -> None:
+        """The least level of log lines it wants, None for none."""
+        self.log_level = level
+        self.context = None
 
 
 @attrs.define(eq=False, slots=True)
@@ -102,6 +110,7 @@ class Exchange:
     deadline: float
     changes: dict[str, str] | None = None
     on_end: Callable[[Call], None] | None = None
+    on_stay: Callable[[], None] | None = None
 
 
 class Interim:
@@ -159,19 +168,27 @@ class Ask:
 
 
 class Reply:
-    """The one answer to a request: a result or an error of the server's, or one the gateway made."""
+    """The one answer to a request: a result or an error of the server's, or one the gateway made.
 
-    __slots__ = ("message",)
+    A legacy client's reply is in its dialect already: links of modern servers see to that. A modern client's may lack
+    what a legacy server or the gateway did not say; the modern front completes it (``translate.to_modern``).
+    ``cache`` is how long the result may be kept, in ms, and by whom ("public" or "private"); None where unknown.
+    """
+
+    __slots__ = ("cache", "message")
 
     def __init__(self, message: Message) -> None:
         self.message = message
+        self.cache: tuple[int, str] | None = None
 
     @classmethod
-    def result(cls, result_text: str) -> Reply:
-        """A result of our own, from JSON text."""
+    def result(cls, result_text: str, result: Any = None) -> Reply:
+        """A result of our own, from JSON text; ``result`` is the same decoded, where it is at hand."""
         message = Message(build_result("0", result_text), RESULT)
         message.id_span = (22, 23)
         message.id_text = "0"
+        message.result_span = (33, 33 + len(result_text))
+        message.result = json.loads(result_text) if result is None else result
         return cls(message)
 
     @classmethod
@@ -206,8 +223,8 @@ class Call:
 
     The consumer calls ``next()`` until it gets a Reply or an error, or gives up with ``cancel()``. However it ends,
     ``exchange.on_end`` is called exactly once, as soon as the server is done with it (not when the consumer is).
-    ``on_reply``, set by a consumer that waits in ``next``, gets the reply in the link's task, before the consumer is
-    woken: it must neither wait nor raise, and saves the client one turn of the loop.
+    ``rounds`` is the link's own. ``on_reply``, set by a consumer that waits in ``next``, gets the reply in the link's
+    task, before the consumer is woken: it must neither wait nor raise, and saves the client one turn of the loop.
     """
 
     __slots__ = (
@@ -221,6 +238,7 @@ class Call:
         "id",
         "link",
         "on_reply",
+        "rounds",
         "started",
     )
 
@@ -233,6 +251,7 @@ class Call:
         self.done = False
         self.failed = False
         self.on_reply: Callable[[Reply], object] | None = None
+        self.rounds: Any = None
         self._box: deque[Interim | Ask | Reply | GatewayError] | None = None
         self._task: trio.lowlevel.Task | None = None
         self._told = False
@@ -254,6 +273,12 @@ class Call:
             return event
         self._task = trio.lowlevel.current_task()
         return await trio.lowlevel.wait_task_rescheduled(self._abort)  # type: ignore[no-any-return]
+
+    def grant(self, deadline: float) -> None:
+        """Let the call last until that trio time: somebody is being asked, and people take longer than programs."""
+        self.deadline = deadline
+        if self.exchange.on_stay is not None:
+            self.exchange.on_stay()
 
     def cancel(self, reason: str = "") -> None:
         """Give up: tell the server (unless it is done) and drop whatever still comes. Never waits."""
@@ -348,6 +373,18 @@ class Link(Protocol):
 
     def cancel(self, call: Call, reason: str = "") -> None:
         """Tell the server to stop working on a call and forget it. Use ``Call.cancel``."""
+
+    def forget(self, call: Call) -> None:
+        """The call is over without the server's reply, and the server need not be told."""
+
+    async def subscribe(self, uri: str, timeout: float) -> Message:
+        """Have updates of one more resource sent: the server's RESULT, or ERROR (-32602 where it does not honour it).
+
+        ``timeout`` is in seconds. Raises what ``Call.next`` raises.
+        """
+
+    async def unsubscribe(self, uri: str, timeout: float) -> Message:
+        """Take ``subscribe`` back."""
 
 
 INTERNAL: Final = Client(key="", era=Era.LEGACY, version="")

@@ -8,7 +8,9 @@ The fast path, a routed request to a ready server with a free slot, awaits nothi
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from json import loads
 from typing import Any, Final
 
 import trio
@@ -20,15 +22,15 @@ from gateway.directory import LISTS, Listing, Merged, Route, merge
 from gateway.errors import GatewayError, ServerProtocolError, UnknownTarget, UpstreamTimeout
 from gateway.exchange import Ask, Call, Client, Exchange, Reply, decline
 from gateway.hub import ALL, Hub, Subscription
-from gateway.protocol.message import INVALID_PARAMS, METHOD_NOT_FOUND, RESULT, dumps
+from gateway.protocol.eras import LOG_LEVELS, MODERN, NO_RESOURCE, Era
+from gateway.protocol.headers import HeaderParameter, parameters_of
+from gateway.protocol.message import INVALID_PARAMS, METHOD_NOT_FOUND, RESULT, build_request, decode_request, dumps
 from gateway.supervisor import Supervisor, Unit
 
 __all__ = ["Router"]
 
 log = logging.getLogger("gateway_core")
 
-MAX_PAGES: Final = 100
-"""Pages of one list that are read before the rest is left out; a repeated cursor ends it too."""
 MAX_TABLES: Final = 64
 """Merged tables that are kept; the oldest goes first."""
 PONG: Final = Reply.result("{}")
@@ -41,7 +43,8 @@ GATEWAY_CAPABILITIES: Final[Mapping[str, Any]] = {
 }
 """What the merged endpoint claims: a server that can't is a per-call error, and clients freeze what they are told."""
 
-NO_RESOURCE: Final = -32002
+LEARN_LIMIT: Final = 5.0
+"""Seconds to learn which headers a server's tools want, before a call goes on without."""
 
 
 class Router:
@@ -103,21 +106,40 @@ class Router:
         try:
             with trio.move_on_at(deadline):
                 await unit.ready()
-                return self._facts_for(unit)
+                return self._facts(unit.facts, unit.client is not None)
         finally:
             unit.unhold()
         raise UpstreamTimeout(f"Server '{server_id}' is still starting; try again later")
 
-    def _facts_for(self, unit: Unit) -> Mapping[str, Any]:
-        facts = unit.facts
+    def _facts(self, facts: Mapping[str, Any], isolated: bool) -> dict[str, Any]:
         capabilities = dict(facts.get("capabilities", {}))
-        if unit.client is None:
+        if not isolated and facts.get("protocolVersion") != MODERN:
             # A shared server does not say whose logs it writes, so nobody is promised any (protocol.md section 4.6).
             capabilities.pop("logging", None)
         capabilities.pop("tasks", None)
         answer: dict[str, Any] = {"capabilities": capabilities, "serverInfo": facts.get("serverInfo", self._info)}
         if isinstance(facts.get("instructions"), str):
             answer["instructions"] = facts["instructions"]
+        return answer
+
+    async def discover(self, client: Client, principal: Principal, server_id: str | None) -> Mapping[str, Any]:
+        """What to answer ``server/discover`` with. Starts no server: clients probe with short-lived processes.
+
+        A server that has not said yet what it can is claimed to be able to do everything that we can pass on; what it
+        then lacks is an empty list. Raises UnknownTarget.
+        """
+        if server_id is None:
+            return {"capabilities": GATEWAY_CAPABILITIES, "serverInfo": self._info}
+        spec = self.check_server(principal, server_id)
+        facts = self.supervisor.facts.get(spec)
+        if facts is None:
+            return {"capabilities": GATEWAY_CAPABILITIES, "serverInfo": self._info}
+        answer = self._facts(facts, spec.isolation != "shared" and spec.isolation != "tenant")
+        capabilities = answer["capabilities"]
+        for name in ("tools", "prompts", "resources"):
+            if name in capabilities:
+                # Clients drop notices that were not claimed, and ours come from reloads and restarts, too.
+                capabilities[name] = {**capabilities[name], "listChanged": True}
         return answer
 
     # ------------------------------------------------------------------------------------------------------- requests
@@ -174,25 +196,34 @@ class Router:
             return Reply.error(INVALID_PARAMS, "uri is missing")
         if exchange.client.owner is None:
             return Reply.error(METHOD_NOT_FOUND, "resources/subscribe needs a session")
-        if uri in unit.subscribers and unit.link is not None:
-            unit.subscribed(uri, exchange.client)
-            return EMPTY
-        reply = await self._ask(unit, exchange)
-        if reply.message.kind is RESULT:
-            unit.subscribed(uri, exchange.client)
-        return reply
+        native = loads(exchange.changes["uri"]) if exchange.changes else uri
+        return Reply(await unit.subscribe(native, exchange.client, exchange.deadline))
 
     async def _unsubscribe(self, exchange: Exchange, unit: Unit) -> Reply:
         uri = exchange.message.param("uri")
-        if isinstance(uri, str) and uri in unit.subscribers and not unit.unsubscribed(uri, exchange.client):
-            return EMPTY
-        return await self._ask(unit, exchange)
+        if not isinstance(uri, str):
+            return Reply.error(INVALID_PARAMS, "uri is missing")
+        native = loads(exchange.changes["uri"]) if exchange.changes else uri
+        if unit.unsubscribed(native, exchange.client) and unit.link is not None:
+            return Reply(await unit.link.unsubscribe(native, max(0.0, exchange.deadline - trio.current_time())))
+        return EMPTY
 
     async def _set_level(self, exchange: Exchange, unit: Unit) -> Reply:
-        reply = await self._ask(unit, exchange)
         level = exchange.message.param("level")
-        if reply.message.kind is RESULT and isinstance(level, str):
-            exchange.client.log_level = level
+        client = exchange.client
+        if level not in LOG_LEVELS:
+            return Reply.error(INVALID_PARAMS, f"level must be one of {', '.join(LOG_LEVELS)}")
+        await unit.hold_ready(exchange.deadline)
+        try:
+            if unit.link is not None and unit.link.era is Era.MODERN:
+                # Remembered; each request then says it (section 4.1, log).
+                client.set_log_level(level)
+                return EMPTY
+            reply = await self._ask(unit, exchange)
+        finally:
+            unit.unhold()
+        if reply.message.kind is RESULT:
+            client.set_log_level(level)
         return reply
 
     async def _ask(self, unit: Unit, exchange: Exchange) -> Reply:
@@ -218,9 +249,14 @@ class Router:
             if message.param("cursor") is not None:
                 return Reply.error(INVALID_PARAMS, "Invalid cursor: this list has one page")
             merged = await self._list(method, exchange)
-            return Reply.result(merged.text)
+            reply = Reply.result(merged.text, merged.result)
+            reply.cache = merged.cache
+            return reply
         if method == "logging/setLevel":
-            exchange.client.log_level = message.param("level")
+            level = message.param("level")
+            if level not in LOG_LEVELS:
+                return Reply.error(INVALID_PARAMS, f"level must be one of {', '.join(LOG_LEVELS)}")
+            exchange.client.set_log_level(level)
             return EMPTY
         if method == "completion/complete":
             return await self._complete(exchange)
@@ -309,7 +345,8 @@ class Router:
 
         async def fetch(spec: ServerSpec) -> None:
             try:
-                found[spec.id] = await self._listing(spec, method, exchange)
+                unit = self.supervisor.unit(spec, exchange.client, exchange.principal, listing=True)
+                found[spec.id] = await unit.listing(method, exchange.deadline)
             except GatewayError as error:
                 missing[spec.id] = error.message
 
@@ -320,41 +357,6 @@ class Router:
             reasons = "; ".join(f"{id}: {why}" for id, why in missing.items())
             raise ServerProtocolError(f"No server could be listed: {reasons}", code=-32603)
         return self._joined(method, [(spec, found[spec.id]) for spec in specs if spec.id in found], missing)
-
-    async def _listing(self, spec: ServerSpec, method: str, exchange: Exchange) -> Listing:
-        unit = self.supervisor.unit(spec, exchange.client, exchange.principal, listing=True)
-        await unit.enter(exchange.deadline)
-        try:
-            link = unit.link
-            if link is None:
-                raise ServerProtocolError(f"Server '{spec.id}' has just ended")
-            capability = "resources" if method.startswith("resources") else method.partition("/")[0]
-            items: list[Mapping[str, Any]] = []
-            if capability in link.facts.get("capabilities", {}):
-                member = LISTS[method][0]
-                cursor: object = None
-                seen: set[str] = set()
-                for _ in range(MAX_PAGES):
-                    params = "" if cursor is None else dumps({"cursor": cursor})
-                    timeout = max(0.0, exchange.deadline - trio.current_time())
-                    reply = await link.request(method, params, timeout=timeout)
-                    if reply.kind is not RESULT or not isinstance(reply.result, dict):
-                        if reply.kind is not RESULT and reply.result.get("code") == METHOD_NOT_FOUND:
-                            break
-                        raise ServerProtocolError(
-                            f"Server '{spec.id}' answered {method} with an error: {str(reply.result)[:200]}"
-                        )
-                    page = reply.result.get(member)
-                    items += [item for item in page if isinstance(item, dict)] if isinstance(page, list) else []
-                    # "" is a valid cursor, only absence ends the list.
-                    cursor = reply.result.get("nextCursor")
-                    if not isinstance(cursor, str) or cursor in seen:
-                        break
-                    seen.add(cursor)
-            listing = unit.listings[method] = Listing(method, tuple(items))
-            return listing
-        finally:
-            unit.leave()
 
     # --------------------------------------------------------------------------------------------------- notifications
     def notify(self, exchange: Exchange) -> None:
@@ -377,13 +379,104 @@ class Router:
             if unit.link is not None and not (unit.client is None and roots_changed):
                 unit.link.notify(message.method, message.params_text())
 
-    def subscribe(self, server_id: str | None, wake: Callable[[], None]) -> Subscription:
-        """Listen to list changes of shared servers: one, or all for the merged endpoint."""
-        return self.hub.subscribe(ALL if server_id is None else server_id, wake)
+    def subscribe(
+        self, server_id: str | None, wake: Callable[[], None], principal: Principal, client: Client | None = None
+    ) -> Subscription:
+        """Listen to list changes: of one server, or of all for the merged endpoint.
+
+        Those of shared servers, of the principal's own, and with ``client`` of those it shares with others of its kind.
+        """
+        audiences = [(principal, "")] if client is None else [(principal, ""), (principal, client.key)]
+        return self.hub.subscribe(ALL if server_id is None else server_id, wake, *audiences)
+
+    async def listen(
+        self, client: Client, principal: Principal, server_id: str | None, uris: Sequence[str], deadline: float
+    ) -> list[str]:
+        """Have a client told of updates of these resources, until ``close``: those that their servers honour.
+
+        ``client.owner.mark`` is told. Servers are started for it. Raises UnknownTarget; other faults leave a URI out.
+        """
+        snapshot = self._current()
+        honoured: list[str] = []
+
+        async def one(uri: str) -> None:
+            message = decode_request(build_request("0", "resources/subscribe", dumps({"uri": uri})))
+            exchange = Exchange(message, principal, snapshot, client, server_id, deadline)
+            with suppress(GatewayError):
+                reply = await self.dispatch(exchange)
+                if isinstance(reply, Reply) and reply.message.kind is RESULT:
+                    honoured.append(uri)
+
+        if server_id is not None:
+            self.check_server(principal, server_id, snapshot)
+        async with trio.open_nursery() as nursery:
+            for uri in dict.fromkeys(uris):
+                nursery.start_soon(one, uri)
+        return [uri for uri in dict.fromkeys(uris) if uri in honoured]
+
+    # -------------------------------------------------------------------------------------------- headers of tool calls
+    def tool_headers(self, exchange: Exchange) -> tuple[HeaderParameter, ...] | None:
+        """The arguments of a tools/call that must stand in headers, too (2026-07-28, x-mcp-header).
+
+        None while the server's tools are not known: ``learn_tools`` first.
+        """
+        found = self._target_of(exchange)
+        if found is None:
+            return None
+        unit, name = found
+        if unit.tool_headers is None:
+            listing = unit.listings.get("tools/list")
+            if listing is None:
+                return None
+            unit.tool_headers = _headers_of(listing)
+        return unit.tool_headers.get(name, ())
+
+    def _target_of(self, exchange: Exchange) -> tuple[Unit, str] | None:
+        name = exchange.message.param("name")
+        server_id = exchange.server_id
+        if server_id is not None:
+            spec = self.check_server(exchange.principal, server_id, exchange.snapshot)
+        else:
+            specs = self.visible(exchange.principal, exchange.snapshot)
+            listed = self._known("tools/list", specs, exchange)[0]
+            route = self._joined("tools/list", listed, {}).routes.get(name) if type(name) is str else None
+            if route is None:
+                return None
+            spec, name = route.spec, route.name
+        unit = self.supervisor.unit(spec, exchange.client, exchange.principal, listing=spec.isolation == "call")
+        return unit, name
+
+    async def learn_tools(self, exchange: Exchange) -> None:
+        """Find out what ``tool_headers`` needs. A server that can't say delays its caller by LEARN_LIMIT at most."""
+        try:
+            deadline = min(exchange.deadline, trio.current_time() + LEARN_LIMIT)
+            if exchange.server_id is None:
+                await self._resolve("tools/list", str(exchange.message.param("name")), exchange)
+                return
+            spec = self.check_server(exchange.principal, exchange.server_id, exchange.snapshot)
+            unit = self.supervisor.unit(spec, exchange.client, exchange.principal, listing=spec.isolation == "call")
+            try:
+                await unit.listing("tools/list", deadline)
+            except ServerProtocolError:
+                unit.tool_headers = {}
+        except GatewayError as error:
+            # The call itself will meet it, and say so in its own way.
+            log.debug("tools could not be listed: %s", error)
 
     def close(self, client: Client) -> None:
         """A client's session is over."""
         self.supervisor.close_client(client)
+
+
+def _headers_of(listing: Listing) -> dict[str, tuple[HeaderParameter, ...]]:
+    """The header parameters of each tool that has valid ones."""
+    found = {}
+    for tool in listing.items:
+        with suppress(ValueError):
+            parameters = parameters_of(tool)
+            if parameters:
+                found[str(tool.get("name"))] = parameters
+    return found
 
 
 def _by_template(uri: str, merged: Merged) -> Route | None:

@@ -17,7 +17,9 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from math import inf
 from typing import Any, Final
 
@@ -26,15 +28,16 @@ import trio
 
 from gateway.auth.principal import Principal
 from gateway.config.model import Catalog, ServerSpec, Settings
-from gateway.errors import GatewayError, LinkLost, Overloaded, StartFailed, UpstreamTimeout
+from gateway.directory import LISTS, Listing
+from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed, UpstreamTimeout
 from gateway.exchange import Ask, Call, Client, Exchange
-from gateway.hub import Hub
+from gateway.hub import Audience, Hub
 from gateway.lifecycle import Event, Phase, State, admit, feed
-from gateway.protocol.eras import LATEST_LEGACY
-from gateway.protocol.message import RESULT, Message, dumps
+from gateway.protocol.eras import LATEST_LEGACY, LEGACY_VERSIONS, Era
+from gateway.protocol.message import METHOD_NOT_FOUND, RESULT, Message, build_result, decode_reply, dumps
 from gateway.runtimes.base import Place, Runtime, Surroundings
 from gateway.telemetry.record import ServerStatus
-from gateway.upstream.connect import Terms, UpstreamLink, connect
+from gateway.upstream.connect import Terms, UpstreamLink, WrongEra, connect
 
 __all__ = ["Counters", "Supervisor", "Unit", "UnitKey"]
 
@@ -42,6 +45,13 @@ log = logging.getLogger("gateway_core")
 
 MAX_WAITING: Final = 4096
 """Requests that may wait for a slot of one unit."""
+MAX_OPENINGS: Final = 3
+"""Times one attempt may start a server to find the era that it speaks."""
+MAX_PAGES: Final = 100
+"""Pages of one list that are read before the rest is left out; a repeated cursor ends it too."""
+COALESCE: Final = 0.02
+"""Seconds for which a server's list changes are gathered before the list is fetched again."""
+REFRESH_LIMIT: Final = 10.0
 SUBSCRIBE_TIMEOUT: Final = 10.0
 MARGIN: Final = 1.0
 """Seconds by which a slot may come back after its call's deadline: links look at deadlines from time to time."""
@@ -50,6 +60,9 @@ LIST_TOPICS: Final = {
     "notifications/prompts/list_changed": "prompts",
     "notifications/resources/list_changed": "resources",
 }
+
+
+_OTHER: Final = {Era.LEGACY: Era.MODERN, Era.MODERN: Era.LEGACY}
 
 
 def leaf(error: BaseException) -> BaseException:
@@ -91,6 +104,16 @@ class Directions:
     info: Mapping[str, Any]
 
 
+def _topic_of(method: str) -> str:
+    """The topic, and the capability, that a list method belongs to."""
+    return "resources" if method.startswith("resources") else method.partition("/")[0]
+
+
+def _unreachable(client: Client) -> Client:
+    """A client as a server is told of it that serves several of its kind: none of them is its owner."""
+    return Client(client.key, client.era, client.version, client.capabilities, client.info)
+
+
 class Turn:
     """A request's place in the queue for a slot."""
 
@@ -118,13 +141,15 @@ class Unit:
         self.state = State()
         self.link: UpstreamLink | None = None
         self.facts: Mapping[str, Any] = {}
-        self.listings: dict[str, Any] = {}
+        self.listings: dict[str, Listing] = {}
+        self.tool_headers: dict[str, Any] | None = None
         self.active = 0
         self.holds = 0
         self.replies = 0
         self.started_at = 0.0
         self.started_wall = 0.0
         self.retired = False
+        self.audience: Audience = None
         self.unhealthy = ""
         self.subscribers: dict[str, dict[Client, None]] = {}
         self._counters = supervisor.counters_of(spec.id)
@@ -136,6 +161,7 @@ class Unit:
         self._failure: GatewayError | None = None
         self._stopping = ""
         self._harmed = False
+        self._refreshing: dict[str, bool] = {}
         self.configure(supervisor.directions.settings())
 
     def configure(self, settings: Settings) -> None:
@@ -248,6 +274,7 @@ class Unit:
         counters.requests += 1
         counters.last_activity = trio.current_time()
         exchange.on_end = self._end
+        exchange.on_stay = self._stay
         link = self.link
         try:
             if link is None:
@@ -267,6 +294,11 @@ class Unit:
         else:
             self.replies += 1
         self.leave()
+
+    def _stay(self) -> None:
+        """A call may outlast what its slot was taken for: no idle stop before it is over."""
+        if self._scope is not None and self.link is not None and not self._scope.cancel_called:
+            self._scope.deadline = self._idle_at = inf
 
     def leave(self) -> None:
         """Give a slot back; the next in the queue gets it."""
@@ -324,6 +356,18 @@ class Unit:
             failure = self._failure
             if starting and self.link is None and failure is not None:
                 raise type(failure)(failure.message, retry_after=failure.retry_after) from failure
+
+    async def hold_ready(self, deadline: float) -> None:
+        """``hold`` it, started; then ``unhold``. Raises StartFailed, UpstreamTimeout at ``deadline``."""
+        self.hold()
+        try:
+            with trio.move_on_at(deadline):
+                await self.ready()
+                return
+            raise UpstreamTimeout(f"Server '{self.spec.id}' is still starting; try again later")
+        except BaseException:
+            self.unhold()
+            raise
 
     def start(self, *, by_hand: bool = False) -> None:
         """Begin an attempt without waiting for it. Raises StartFailed while backoff or the circuit forbid one."""
@@ -400,63 +444,95 @@ class Unit:
         spec, supervisor = self.spec, self.supervisor
         limiter, token = supervisor.starting, object()
         await limiter.acquire_on_behalf_of(token)
+
+        def up(link: UpstreamLink) -> None:
+            nonlocal token
+            limiter.release_on_behalf_of(token)
+            token = None
+            self._up(link, scope)
+
         try:
             scope.deadline = trio.current_time() + self.start_timeout
             self._say(logging.INFO, "Starting server")
             runtime = supervisor.runtime_of(spec)
             surroundings = supervisor.directions.surroundings(spec)
-            assert runtime.open is not None
-            async with runtime.open(spec.runtime, surroundings) as place:
-                self._place = place
-                async with connect(place, self._terms()) as link:
-                    await self._replay(link)
-                    limiter.release_on_behalf_of(token)
-                    token = None
-                    self._up(link, scope)
-                    try:
-                        await self._keep(link)
-                    finally:
-                        self.link = None
-                        if scope.cancel_called:
-                            if not self._stopping:
-                                self._say(logging.INFO, "Stopping idle server", idle_seconds=self.idle_timeout)
-                            self._feed(Event.STOP)
+            for _ in range(MAX_OPENINGS):
+                try:
+                    await self._open(runtime, surroundings, up, scope)
+                    return
+                except Exception as error:
+                    wrong = leaf(error)
+                    if not isinstance(wrong, WrongEra):
+                        raise
+                    supervisor.refute(spec, Era.MODERN if wrong.first is Era.LEGACY else Era.LEGACY)
+                    what = f"Starting server again to speak the {wrong.first.value} era"
+                    self._say(logging.INFO, what, reason=wrong.reason)
+            raise StartFailed("the server answers neither server/discover nor initialize")
         finally:
             if token is not None:
                 limiter.release_on_behalf_of(token)
 
+    async def _open(
+        self, runtime: Runtime, surroundings: Surroundings, up: Callable[[UpstreamLink], None], scope: trio.CancelScope
+    ) -> None:
+        """One process, container or connection from its start to its end."""
+        terms = self._terms()
+        assert runtime.open is not None
+        async with runtime.open(self.spec.runtime, surroundings) as place:
+            self._place = place
+            async with connect(place, terms) as link:
+                if len(terms.eras) > 1 and link.era is not terms.eras[0] and not link.slow:
+                    self.supervisor.refute(self.spec, terms.eras[0])
+                await self._replay(link)
+                up(link)
+                try:
+                    await self._keep(link)
+                finally:
+                    self.link = None
+                    if scope.cancel_called:
+                        if not self._stopping:
+                            self._say(logging.INFO, "Stopping idle server", idle_seconds=self.idle_timeout)
+                        self._feed(Event.STOP)
+
     def _terms(self) -> Terms:
         client = self.client
-        if client is None:
-            return Terms(
-                self.spec.id,
-                self._noticed,
-                lambda ask: False,
-                self.supervisor.directions.info,
-                max_message_bytes=self.max_message_bytes,
-                timeout=inf,
-            )
+        directions = self.supervisor.directions
         return Terms(
             self.spec.id,
             self._noticed,
             self._asked,
-            client.info or self.supervisor.directions.info,
-            client.capabilities,
-            client.version or LATEST_LEGACY,
-            isolated=True,
+            directions.info if client is None else client.info or directions.info,
+            {} if client is None else client.capabilities,
+            client.version if client is not None and client.version in LEGACY_VERSIONS else LATEST_LEGACY,
+            isolated=client is not None,
             max_message_bytes=self.max_message_bytes,
             timeout=inf,
+            eras=self._eras(),
         )
+
+    def _eras(self) -> tuple[Era, ...]:
+        """The eras to try, in order (protocol.md section 3): an isolated server speaks its client's if it can, a shared
+        one the modern, in which one process serves clients of both. What it was found not to speak is tried last.
+        """
+        if self.spec.era != "auto":
+            return (Era(self.spec.era),)
+        first = Era.MODERN if self.client is None else self.client.era
+        if self.supervisor.refuted.get(self.spec) is first:
+            first = _OTHER[first]
+        return first, _OTHER[first]
 
     async def _replay(self, link: UpstreamLink) -> None:
         """Tell a restarted server what its predecessor knew: log level and resource subscriptions."""
-        requests = [("resources/subscribe", dumps({"uri": uri})) for uri in self.subscribers]
-        if self.client is not None and self.client.log_level is not None:
-            requests.append(("logging/setLevel", dumps({"level": self.client.log_level})))
-        for method, params in requests:
-            reply = await link.request(method, params, timeout=SUBSCRIBE_TIMEOUT)
-            if reply.kind is not RESULT:
-                self._say(logging.WARNING, f"Replaying {method} failed", error=str(reply.result)[:200])
+        for uri in self.subscribers:
+            self._check_replay("resources/subscribe", await link.subscribe(uri, SUBSCRIBE_TIMEOUT))
+        client = self.client
+        if client is not None and client.log_level is not None and link.era is client.era is Era.LEGACY:
+            method, params = "logging/setLevel", dumps({"level": client.log_level})
+            self._check_replay(method, await link.request(method, params, timeout=SUBSCRIBE_TIMEOUT))
+
+    def _check_replay(self, method: str, reply: Message) -> None:
+        if reply.kind is not RESULT:
+            self._say(logging.WARNING, f"Replaying {method} failed", error=str(reply.result)[:200])
 
     def _up(self, link: UpstreamLink, scope: trio.CancelScope) -> None:
         self.link = link
@@ -467,7 +543,15 @@ class Unit:
         self.started_wall = time.time()
         self._feed(Event.READY)
         began = scope.deadline - self.start_timeout
-        self._say(logging.INFO, "Server ready", seconds=round(self.started_at - began, 3))
+        self.supervisor.facts[self.spec] = link.facts
+        self._say(
+            logging.INFO,
+            "Server ready",
+            seconds=round(self.started_at - began, 3),
+            era=link.era.value,
+            revision=link.facts.get("protocolVersion"),
+            era_decided_by=link.decided,
+        )
         idle = self.active == 0 and self.holds == 0
         scope.deadline = self._idle_at = self.started_at + self.idle_timeout if idle else inf
         if idle and self.retired:
@@ -552,11 +636,7 @@ class Unit:
         owner = self.client.owner if self.client is not None else None
         topic = LIST_TOPICS.get(method)
         if topic is not None:
-            self.listings.clear()
-            if owner is not None:
-                owner.mark(topic)
-            else:
-                self.supervisor.hub.publish(self.spec.id, topic)
+            self._list_changed(topic)
         elif method == "notifications/resources/updated":
             uri = message.param("uri")
             for client in self.subscribers.get(uri, ()) if type(uri) is str else ():
@@ -568,7 +648,122 @@ class Unit:
             # A shared server does not say whom its logs are for (protocol.md section 4.6).
             log.debug("server %s: %s", self.spec.id, message.text[:500])
 
+    def _list_changed(self, topic: str) -> None:
+        """Drop what is kept of the list and tell whoever may have listed it.
+
+        Where it is kept, it is fetched first: a server that says so without a change must not make every client list
+        again.
+        """
+        if topic == "tools":
+            self.tool_headers = None
+        known = [method for method in self.listings if _topic_of(method) == topic]
+        if topic in self._refreshing:
+            self._refreshing[topic] = True
+        elif known:
+            self._refreshing[topic] = False
+            self.supervisor.spawn(partial(self._refresh, topic, known))
+        else:
+            self._publish(topic)
+
+    def _publish(self, topic: str) -> None:
+        owner = self.client.owner if self.client is not None else None
+        if owner is not None:
+            owner.mark(topic)
+        else:
+            self.supervisor.hub.publish(self.spec.id, topic, self.audience)
+
+    async def _refresh(self, topic: str, methods: Sequence[str]) -> None:
+        try:
+            again = True
+            while again:
+                await trio.sleep(COALESCE)
+                self._refreshing[topic] = False
+                link = self.link
+                former = {method: self.listings.pop(method, None) for method in methods}
+                changed = True
+                if link is not None:
+                    with suppress(GatewayError):
+                        for method in methods:
+                            self.listings[method] = await self._list(link, method, trio.current_time() + REFRESH_LIMIT)
+                        changed = any(self.listings.get(method) != former[method] for method in methods)
+                if changed:
+                    self._publish(topic)
+                again = self._refreshing[topic]
+        finally:
+            del self._refreshing[topic]
+
+    # --------------------------------------------------------------------------------------------------------- listing
+    async def listing(self, method: str, deadline: float) -> Listing:
+        """What the server has of one list, kept until it says that it changed. Starts the server if need be.
+
+        Raises what ``enter`` raises, and ServerProtocolError for an answer that is no list.
+        """
+        found = self.listings.get(method)
+        if found is not None:
+            return found
+        await self.enter(deadline)
+        try:
+            link = self.link
+            if link is None:
+                raise ServerProtocolError(f"Server '{self.spec.id}' has just ended")
+            listing = self.listings[method] = await self._list(link, method, deadline)
+            return listing
+        finally:
+            self.leave()
+
+    async def _list(self, link: UpstreamLink, method: str, deadline: float) -> Listing:
+        """All pages of one list."""
+        if _topic_of(method) not in link.facts.get("capabilities", {}):
+            return Listing(method)
+        member = LISTS[method][0]
+        items: list[Mapping[str, Any]] = []
+        cursor: object = None
+        ttl, public = inf, True
+        seen: set[str] = set()
+        for _ in range(MAX_PAGES):
+            params = "" if cursor is None else dumps({"cursor": cursor})
+            reply = await link.request(method, params, timeout=max(0.0, deadline - trio.current_time()))
+            result = reply.result
+            if reply.kind is not RESULT or not isinstance(result, dict):
+                if reply.kind is not RESULT and result.get("code") == METHOD_NOT_FOUND:
+                    break
+                raise ServerProtocolError(
+                    f"Server '{self.spec.id}' answered {method} with an error: {str(result)[:200]}"
+                )
+            page_ttl = result.get("ttlMs")
+            ttl = min(ttl, page_ttl if type(page_ttl) is int and page_ttl > 0 else 0)
+            public = public and result.get("cacheScope") == "public"
+            page = result.get(member)
+            items += [item for item in page if isinstance(item, dict)] if isinstance(page, list) else []
+            # "" is a valid cursor, only absence ends the list.
+            cursor = result.get("nextCursor")
+            if not isinstance(cursor, str) or cursor in seen:
+                break
+            seen.add(cursor)
+        return Listing(method, tuple(items), 0 if ttl == inf else int(ttl), public)
+
     # --------------------------------------------------------------------------------------------------- subscriptions
+    async def subscribe(self, uri: str, client: Client, deadline: float) -> Message:
+        """Have a client told of a resource's updates: one subscription at the server, however many clients.
+
+        The server's reply to it, or one of ours where it was subscribed already. Raises what ``enter`` raises.
+        """
+        if uri in self.subscribers and self.link is not None:
+            self.subscribed(uri, client)
+            return decode_reply(build_result("0", "{}"))
+        await self.enter(deadline)
+        try:
+            link = self.link
+            if link is None:
+                raise LinkLost(f"Server '{self.spec.id}' has just ended; try again")
+            self._counters.requests += 1
+            reply = await link.subscribe(uri, max(0.0, deadline - trio.current_time()))
+            if reply.kind is RESULT:
+                self.subscribed(uri, client)
+            return reply
+        finally:
+            self.leave()
+
     def subscribed(self, uri: str, client: Client) -> None:
         """A client has subscribed to a resource: the unit stays up for it (compat L9)."""
         clients = self.subscribers.setdefault(uri, {})
@@ -593,13 +788,16 @@ class Unit:
         link = self.link
         if link is not None:
             try:
-                await link.request("resources/unsubscribe", dumps({"uri": uri}), timeout=SUBSCRIBE_TIMEOUT)
+                await link.unsubscribe(uri, SUBSCRIBE_TIMEOUT)
             except GatewayError as error:
                 self._say(logging.DEBUG, "Unsubscribing failed", error=error.message)
 
 
 class Supervisor:
-    """All units. ``run`` is its task; everything else is called from other tasks of the same loop."""
+    """All units. ``run`` is its task; everything else is called from other tasks of the same loop.
+
+    ``refuted`` is the era that a server was found not to speak, ``facts`` what it said of itself at its last handshake.
+    """
 
     def __init__(self, directions: Directions, hub: Hub) -> None:
         self.directions = directions
@@ -607,6 +805,8 @@ class Supervisor:
         self.starting = trio.CapacityLimiter(directions.settings().max_parallel_starts)
         self.counters: dict[str, Counters] = {}
         self._nursery: trio.Nursery | None = None
+        self.refuted: dict[ServerSpec, Era] = {}
+        self.facts: dict[ServerSpec, Mapping[str, Any]] = {}
         self._shared: dict[ServerSpec, Unit] = {}
         self._isolated: dict[Hashable, Unit] = {}
 
@@ -690,13 +890,19 @@ class Supervisor:
                 unit = self._shared[spec] = Unit(UnitKey(spec), self, None)
             return unit
         owner: Client | None = client
+        audience: Audience = None
         key: Hashable
-        if isolation == "session":
+        if isolation == "session" and client.era is Era.MODERN:
+            # No session: the principal is one, for each way in which it can be asked (protocol.md section 4.6).
+            audience = (principal, client.key)
+            key, owner = ("modern", spec, *audience), _unreachable(client)
+        elif isolation == "session":
             # By id, not by definition: the session keeps the definition it began with (compat W5).
             key = ("session", spec.id, client.key)
         elif isolation == "principal":
-            key = (spec, principal, json.dumps(client.capabilities, sort_keys=True))
-            owner = Client(client.key, client.era, client.version, client.capabilities, client.info)
+            audience = (principal, "")
+            key = (spec, principal, client.era, json.dumps(client.capabilities, sort_keys=True))
+            owner = _unreachable(client)
         elif isolation == "tenant":
             key, owner = (spec, principal.tenant), None
         elif listing:
@@ -706,7 +912,12 @@ class Supervisor:
         unit = self._isolated.get(key)
         if unit is None:
             unit = self._isolated[key] = Unit(UnitKey(spec, key), self, owner)
+            unit.audience = audience
         return unit
+
+    def refute(self, spec: ServerSpec, era: Era) -> None:
+        """A server was found not to speak an era; it is tried last from now on."""
+        self.refuted[spec] = era
 
     def close_client(self, client: Client) -> None:
         """A client's session is over: what it alone owned is stopped, what it subscribed to is not kept for it."""
@@ -726,9 +937,12 @@ class Supervisor:
         settings = self.directions.settings()
         self.starting.total_tokens = settings.max_parallel_starts
         current = set(catalog.servers)
+        self.refuted = {spec: era for spec, era in self.refuted.items() if spec in current}
+        self.facts = {spec: facts for spec, facts in self.facts.items() if spec in current}
         for unit in self.units():
             unit.configure(settings)
-            keeps = unit.spec.isolation == "session" and unit.spec.id in catalog.by_id
+            of_session = unit.client is not None and unit.client.owner is not None
+            keeps = of_session and unit.spec.isolation == "session" and unit.spec.id in catalog.by_id
             if unit.spec not in current and not keeps:
                 unit.retire()
 

@@ -24,7 +24,8 @@ class Actor:
         self.journal.touch()
         args = ["-E", "-s", str(ACTOR), str(self.journal), *([prologue] if prologue else [])]
         runtime = {"type": "local-process", "command": sys.executable, "args": args}
-        self.entry = {"id": id, "runtime": runtime, **more}
+        # Its era is given: it answers nothing that it does not know, and would be waited for.
+        self.entry = {"id": id, "runtime": runtime, "era": "legacy", **more}
         self.gateway: RunningGateway
 
     def call(self, code: str, **more: Any) -> tuple[int, dict[str, str], Any]:

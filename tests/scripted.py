@@ -89,14 +89,19 @@ class MemoryPipe:
         self._exited.set()
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, slots=False)
 class Script:
-    """What scripted servers do, and what was seen of them. ``answer`` gets each message but the handshake's."""
+    """What scripted servers do, and what was seen of them. ``answer`` gets each message but the handshake's.
+
+    With ``modern`` they speak only 2026-07-28, else only the legacy era; the probe for it is counted, not ``seen``.
+    """
 
     answer: Callable[[MemoryPipe, dict[str, Any]], None] | None = None
     facts: dict[str, Any] = attrs.field(factory=lambda: dict(FACTS))
     fail_starts: int = 0
     silent: bool = False
+    modern: bool = False
+    probes: int = 0
     start_seconds: float = 0.0
     stop_seconds: float = 0.0
     starts: int = 0
@@ -106,15 +111,39 @@ class Script:
 
     def on_line(self, pipe: MemoryPipe, line: bytes) -> None:
         message = json.loads(line)
+        method = message.get("method")
+        if method == "server/discover":
+            self.probes += 1
+            if not self.silent:
+                pipe.say({"jsonrpc": "2.0", "id": message["id"], **self.discovered()})
+            return
         self.seen.append(message)
         if self.silent:
             return
-        if message.get("method") == "initialize":
+        if method == "initialize" and self.modern:
+            error = {"code": -32022, "message": "Unsupported", "data": {"supported": ["2026-07-28"], "requested": "x"}}
+            pipe.say({"jsonrpc": "2.0", "id": message["id"], "error": error})
+        elif method == "initialize":
             pipe.say({"jsonrpc": "2.0", "id": message["id"], "result": self.facts})
         elif self.answer is not None:
             self.answer(pipe, message)
         elif "id" in message and "method" in message:
             pipe.say({"jsonrpc": "2.0", "id": message["id"], "result": {"echo": message.get("params")}})
+
+    def discovered(self) -> dict[str, Any]:
+        """What ``server/discover`` is answered with."""
+        if not self.modern:
+            return {"error": {"code": -32601, "message": "Method not found"}}
+        return {
+            "result": {
+                "resultType": "complete",
+                "supportedVersions": ["2026-07-28"],
+                "capabilities": self.facts["capabilities"],
+                "_meta": {"io.modelcontextprotocol/serverInfo": self.facts["serverInfo"]},
+                "ttlMs": 0,
+                "cacheScope": "private",
+            }
+        }
 
     @property
     def pipe(self) -> MemoryPipe:

@@ -221,19 +221,44 @@ async def test_pitfall_2_every_page_is_read_and_a_repeated_cursor_ends_it(start:
     assert [t["name"] for t in tools] == ["a__1", "a__2", "a__3"]
 
 
-async def test_list_changed_makes_the_next_list_fresh_and_wakes_listeners(start: Any) -> None:
+async def test_list_changed_is_passed_on_only_when_the_list_has_changed(start: Any, autojump_clock: MockClock) -> None:
+    names = ["x"]
     house = await start(a=tool_server("x"))
-    await house.ask(None, "tools/list")
-    await house.ask(None, "tools/list")
-    assert house.scripts["a"].methods().count("tools/list") == 1
+
+    def answer(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+        if message["method"] == "tools/list":
+            pipe.say({"jsonrpc": "2.0", "id": message["id"], "result": {"tools": [{"name": n} for n in names]}})
+
+    script = house.scripts["a"]
+    script.answer = answer
+    for _ in range(2):
+        await house.ask(None, "tools/list")
+    assert script.methods().count("tools/list") == 1
     woken: list[int] = []
-    subscription = house.router.subscribe(None, lambda: woken.append(1))
+    subscription = house.router.subscribe(None, lambda: woken.append(1), ANONYMOUS)
     for _ in range(3):
-        house.scripts["a"].pipe.say({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
+        script.pipe.say({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
+    await trio.sleep(1)
+    assert (woken, subscription.take()) == ([], [])
+    assert script.methods().count("tools/list") == 2  # three notices, one look
+    names.append("y")
+    for _ in range(3):
+        script.pipe.say({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
+    await trio.sleep(1)
+    assert (woken, subscription.take()) == ([1], [("a", "tools")])
+    listed = json.loads((await house.ask(None, "tools/list")).text)["result"]["tools"]
+    assert [tool["name"] for tool in listed] == ["a__x", "a__y"]
+    assert script.methods().count("tools/list") == 3
+
+
+async def test_list_changed_of_a_list_that_nobody_asked_for_is_passed_on(start: Any) -> None:
+    house = await start(a=tool_server("x"))
+    await house.ask("a", "tools/call", {"name": "x"})
+    woken: list[int] = []
+    subscription = house.router.subscribe("a", lambda: woken.append(1), ANONYMOUS)
+    house.scripts["a"].pipe.say({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
     await wait_all_tasks_blocked()
     assert (woken, subscription.take()) == ([1], [("a", "tools")])
-    await house.ask(None, "tools/list")
-    assert house.scripts["a"].methods().count("tools/list") == 2
 
 
 async def test_resource_subscriptions_of_many_clients_are_one_upstream(start: Any) -> None:

@@ -574,3 +574,152 @@ async def test_L4_L5_L11_G7_K16_a_failed_health_check_shows_and_the_next_call_re
     assert (script.starts, unit.shown_status) == (2, "running")
     await trio.sleep(96)
     assert script.running == 0, "checks are no activity"
+
+
+# ------------------------------------------------------------------------------------------------------------ two eras
+def modern(key: str = "modern:1", **more: Any) -> Client:
+    return Client(key, Era.MODERN, "2026-07-28", **more)
+
+
+class Both(Script):
+    """Speaks both eras, whichever it is asked for first."""
+
+    def discovered(self) -> dict[str, Any]:
+        return Script(modern=True).discovered()
+
+
+@pytest.mark.parametrize(
+    ("isolation", "who", "era"),
+    [
+        ("shared", client(), Era.MODERN),
+        ("shared", modern(), Era.MODERN),
+        ("session", client(), Era.LEGACY),
+        ("session", modern(), Era.MODERN),
+        ("principal", client(), Era.LEGACY),
+        ("tenant", client(), Era.MODERN),
+    ],
+)
+async def test_B7_a_server_of_both_eras_speaks_its_clients_and_a_shared_one_the_modern(
+    house: House, isolation: Any, who: Client, era: Era
+) -> None:
+    unit = house.unit(Both(), who, isolation=isolation)
+    assert (await unit.ready()).era is era
+    (shown,) = house.supervisor.status("s").details
+    assert shown["era"] == era.value
+    assert shown["protocol_version"] == ("2026-07-28" if era is Era.MODERN else "2025-11-25")
+    assert shown["era_decided_by"] == ("server/discover" if era is Era.MODERN else "initialize")
+
+
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+async def test_B7_the_catalog_decides_if_it_wants(house: House, era: Any) -> None:
+    script = Both()
+    link = await house.unit(script, era=era).ready()
+    assert (link.era.value, link.decided) == (era, "catalog")
+    assert script.probes == (era == "modern")
+
+
+async def test_B7_the_log_says_it_once(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    unit = house.unit(Both())
+    for _ in range(3):
+        await call(unit)
+    said = [getattr(record, "fields", {}) for record in caplog.records]
+    assert [(f["era"], f["revision"], f["era_decided_by"]) for f in said if "era" in f] == [
+        ("modern", "2026-07-28", "server/discover")
+    ]
+
+
+async def test_a_silent_legacy_server_costs_its_silence_once(house: House, autojump_clock: MockClock) -> None:
+    script = Script()
+    script.discovered = lambda: {"method": "notifications/nothing"}  # type: ignore[method-assign]
+    unit = house.unit(script)
+    for seconds in (15, 0):
+        began = trio.current_time()
+        await call(unit)
+        assert trio.current_time() - began == pytest.approx(seconds, abs=1)
+        unit.stop_soon("test")
+        await unit.stopped()
+    assert script.probes == 1
+
+
+async def test_a_server_that_dies_of_the_probe_is_started_again_at_once_and_once(house: House) -> None:
+    script = Script()
+    usual = script.on_line
+
+    def on_line(pipe: MemoryPipe, line: bytes) -> None:
+        if b"server/discover" in line:
+            pipe.exit(1)
+        else:
+            usual(pipe, line)
+
+    script.on_line = on_line  # type: ignore[method-assign]
+    unit = house.unit(script)
+    link = await unit.ready()
+    assert (link.era, script.starts, unit.state.failures) == (Era.LEGACY, 2, 0)
+    unit.stop_soon("test")
+    await unit.stopped()
+    await unit.ready()
+    assert script.starts == 3  # it is known now
+
+
+async def test_a_server_that_changed_its_era_is_probed_again(house: House) -> None:
+    script = Script()
+    unit = house.unit(script)
+    for speaks_modern in (False, True, False):
+        script.modern = speaks_modern
+        link = await unit.ready()
+        assert (link.era is Era.MODERN) is speaks_modern
+        unit.stop_soon("test")
+        await unit.stopped()
+
+
+async def test_modern_callers_share_a_unit_by_principal_and_by_how_they_can_be_asked(house: House) -> None:
+    ann, bob = Principal("ann"), Principal("bob")
+    script = Script()
+    units = [
+        house.unit(script, modern("modern:1"), ann, isolation="session"),
+        house.unit(script, modern("modern:1"), ann, isolation="session"),
+        house.unit(script, modern("modern:2"), ann, isolation="session"),
+        house.unit(script, modern("modern:1"), bob, isolation="session"),
+        house.unit(script, client("modern:1"), ann, isolation="session"),
+    ]
+    assert units[0] is units[1]
+    assert len(set(map(id, units))) == 4
+
+
+async def test_bridge_list_changes_of_an_isolated_unit_reach_its_own_kind_only(house: House) -> None:
+    ann, bob = Principal("ann"), Principal("bob")
+    script = Script()
+    unit = house.unit(script, modern("modern:1", owner=Owner()), ann, isolation="session")
+    await unit.ready()
+    listeners = {
+        name: house.hub.subscribe("s", lambda: None, *audiences)
+        for name, audiences in {
+            "own": [(ann, ""), (ann, "modern:1")],
+            "other kind": [(ann, ""), (ann, "modern:2")],
+            "other principal": [(bob, ""), (bob, "modern:1")],
+            "everybody": [],
+        }.items()
+    }
+    for listener in listeners.values():
+        listener.take()
+    script.pipe.say({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
+    await wait_all_tasks_blocked()
+    assert [name for name, listener in listeners.items() if listener.take()] == ["own"]
+
+
+async def test_a_call_that_was_granted_more_time_is_not_stopped_by_the_idle_timeout(
+    house: House, autojump_clock: MockClock
+) -> None:
+    script = Script(answer=mute)
+    unit = house.unit(script, idle_timeout_seconds=60)
+    ex = exchange(10)
+    await unit.enter(ex.deadline)
+    got = unit.begin(ex)
+    got.grant(trio.current_time() + 300)
+    await trio.sleep(200)
+    assert not got.done
+    assert unit.link is not None
+    got.cancel()
+    await trio.sleep(61)
+    assert unit.link is None

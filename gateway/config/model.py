@@ -17,6 +17,7 @@ import attrs
 __all__ = [
     "API_KEY_VARIABLE",
     "Catalog",
+    "EraChoice",
     "Isolation",
     "LogLevel",
     "Redactor",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Isolation = Literal["shared", "session", "tenant", "principal", "call"]
+EraChoice = Literal["auto", "legacy", "modern"]
 LogLevel = Literal["trace", "debug", "info", "warn", "error"]
 
 API_KEY_VARIABLE: Final = "MCP_GATEWAY_API_KEY"
@@ -112,6 +114,7 @@ class ServerSpec:
     tags: tuple[str, ...] = ()
     namespace: str = "default"
     isolation: Isolation = "shared"
+    era: EraChoice = "auto"
     prefix: str | None = None
     idle_timeout_seconds: float | None = None
     request_timeout_seconds: float | None = None

@@ -125,7 +125,7 @@ class LegacyFront:
         if len(self.sessions) + self._opening >= limit:
             raise Overloaded(f"{limit} sessions are open (max_sessions)")
         session = Session(principal, server_id, EventLog(self._budget) if resumable else None)
-        session.subscription = self.router.subscribe(server_id, session.changed)
+        session.subscription = self.router.subscribe(server_id, session.changed, principal)
         return session
 
     def close(self, session: Session) -> None:
@@ -314,6 +314,9 @@ class LegacyFront:
                         decline(event)
                     elif event.open:
                         asked.append(event)
+                        # People take longer than programs.
+                        patience = self.router.snapshot.settings.park_timeout_seconds or inf
+                        call.grant(max(call.deadline, trio.current_time() + patience))
                         await outlet.send(session.question(event, outlet.say))
                 if calls.get(key) is not call:
                     # Taken back. Also seen here in case a full box has dropped the CANCELLED.

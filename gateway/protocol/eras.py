@@ -11,14 +11,30 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 __all__ = [
+    "CLIENT_CAPABILITIES",
+    "CLIENT_INFO",
+    "HEADER_MISMATCH",
     "HTTP_LEGACY_VERSIONS",
+    "INPUT_METHODS",
     "LATEST_LEGACY",
     "LEGACY_VERSIONS",
+    "LOG_LEVEL",
+    "LOG_LEVELS",
     "META",
+    "MISSING_CAPABILITY",
+    "MODERN",
     "MODERN_VERSIONS",
+    "NO_RESOURCE",
+    "PROTOCOL_VERSION",
+    "REMOVED",
+    "SERVER_INFO",
+    "SUBSCRIPTION_ID",
+    "UNSUPPORTED_VERSION",
+    "URL_ELICITATION",
     "Era",
     "agree_on",
     "is_modern",
+    "level_at_least",
     "name_parameter",
 ]
 
@@ -34,9 +50,33 @@ LEGACY_VERSIONS: Final = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"
 HTTP_LEGACY_VERSIONS: Final = LEGACY_VERSIONS[1:]
 """Revisions that have Streamable HTTP."""
 LATEST_LEGACY: Final = "2025-11-25"
-MODERN_VERSIONS: Final = ("2026-07-28",)
+MODERN: Final = "2026-07-28"
+MODERN_VERSIONS: Final = (MODERN,)
+
 META: Final = "io.modelcontextprotocol/"
 """Prefix of the specification's own ``_meta`` keys."""
+PROTOCOL_VERSION: Final = META + "protocolVersion"
+CLIENT_INFO: Final = META + "clientInfo"
+CLIENT_CAPABILITIES: Final = META + "clientCapabilities"
+LOG_LEVEL: Final = META + "logLevel"
+SUBSCRIPTION_ID: Final = META + "subscriptionId"
+SERVER_INFO: Final = META + "serverInfo"
+
+HEADER_MISMATCH: Final = -32020
+MISSING_CAPABILITY: Final = -32021
+UNSUPPORTED_VERSION: Final = -32022
+NO_RESOURCE: Final = -32002
+"""Legacy only; the modern era says -32602 with ``data.uri``."""
+URL_ELICITATION: Final = -32042
+"""Legacy only (2025-11-25): the client must open the URLs in ``data.elicitations`` and call again."""
+
+INPUT_METHODS: Final = frozenset(("tools/call", "prompts/get", "resources/read"))
+"""Requests that a modern server may answer with ``input_required``."""
+REMOVED: Final = frozenset(
+    ("initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
+)
+"""Requests that the modern era does not have."""
+LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 
 _NAMED: Final = {
     "tools/call": "name",
@@ -58,6 +98,13 @@ def agree_on(requested: object) -> str:
     Both official SDKs do so for unknown and for modern versions too.
     """
     return requested if isinstance(requested, str) and requested in LEGACY_VERSIONS else LATEST_LEGACY
+
+
+def level_at_least(level: object, wanted: object) -> bool:
+    """Whether a log line of ``level`` is wanted by who asked for ``wanted``. Unknown levels are."""
+    if level not in LOG_LEVELS or wanted not in LOG_LEVELS:
+        return True
+    return LOG_LEVELS.index(str(level)) >= LOG_LEVELS.index(str(wanted))
 
 
 def is_modern(meta: Mapping[str, Any]) -> bool:

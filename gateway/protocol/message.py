@@ -92,7 +92,7 @@ class Message:
     id           the id's value (None for null and where there is none); ``id_text`` is its exact spelling
     method       for requests and notifications, else ""
     params       the decoded params, a dict or list, None when absent; never change it
-    result       the decoded result or error object of a reply
+    result       the decoded result or error object of a reply; ``result_span`` is where it stands in ``text``
     extra        top-level members that JSON-RPC does not know (the REST face's ``server_id``)
     versioned    whether it says ``"jsonrpc": "2.0"``
     """
@@ -108,6 +108,7 @@ class Message:
         "params",
         "params_span",
         "result",
+        "result_span",
         "text",
         "versioned",
     )
@@ -123,6 +124,7 @@ class Message:
         self.params_span: Span = (0, 0)
         self._spans: dict[str, Span] | None = None
         self.result: Any = None
+        self.result_span: Span = (0, 0)
         self.extra: dict[str, Any] | None = None
         self.versioned = True
 
@@ -164,6 +166,12 @@ class Message:
             return self.text[start:end]
         if type(self.params) is not dict:
             return "{" + ",".join(f"{quote(name)}:{value}" for name, value in changes.items()) + "}"
+        if self.params.keys().isdisjoint(changes):
+            # Nothing to replace, so no span is needed: the usual case of a ``_meta`` that is added.
+            added_text = ",".join(f"{quote(name)}:{value}" for name, value in changes.items())
+            if not self.params:
+                return "{" + added_text + "}"
+            return f"{self.text[start : end - 1]},{added_text}}}"
         parts: list[str] = []
         at = start
         spans = self.spans
@@ -405,6 +413,7 @@ def decode_reply(data: bytes | bytearray | str) -> Message:
                 message.id_text = usual[1]
                 message.id = int(usual[1])
                 message.result = value
+                message.result_span = (usual.end(), end)
                 return message
         except (StopIteration, IndexError, ValueError, RecursionError):
             pass
@@ -441,11 +450,12 @@ def _reply(message: Message, members: _Found, has_id: bool) -> Message:
         if type(error[0]) is not dict:
             raise Malformed("error must be an object", INVALID_REQUEST, message.id_text)
         message.kind = ERROR
-        message.result = error[0]
+        message.result, *span = error
     else:
         assert result is not None
         message.kind = RESULT
-        message.result = result[0]
+        message.result, *span = result
+    message.result_span = (span[0], span[1])
     return message
 
 

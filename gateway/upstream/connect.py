@@ -13,15 +13,19 @@ from gateway.exchange import Link
 from gateway.protocol.message import Message
 from gateway.runtimes.base import Origin, Place
 from gateway.upstream.pipe import PipeLink, start_failure
-from gateway.upstream.terms import Terms
+from gateway.upstream.terms import Terms, WrongEra
 
-__all__ = ["Terms", "UpstreamLink", "connect"]
+__all__ = ["Terms", "UpstreamLink", "WrongEra", "connect"]
 
 
 class UpstreamLink(Link, Protocol):
     """What the supervisor sees of a link, whichever kind it is."""
 
     lost: LinkLost | None
+    decided: str
+    """By what its era was found out: "server/discover", "initialize" or "catalog"."""
+    slow: bool
+    """Whether it was spoken to in its second era only because it took too long to answer in the first."""
     ping: Callable[[float], Awaitable[None]] | None
     """Asks the server whether it lives, within some seconds; raises UpstreamError. None where its life is visible."""
 
@@ -37,7 +41,8 @@ class UpstreamLink(Link, Protocol):
 async def connect(place: Place, terms: Terms) -> AsyncIterator[UpstreamLink]:
     """Open a link for as long as the block lasts. Use it directly in ``async with``: it holds a nursery.
 
-    Raises StartFailed when the handshake does not succeed within ``terms.timeout`` seconds.
+    Raises StartFailed when the handshake does not succeed within ``terms.timeout`` seconds, and WrongEra when the place
+    has to be opened again for another era to be tried; in a group, as nurseries have it.
     """
     if isinstance(place, Origin):
         # httpx costs 50 ms and 5 MB, so it is paid by the first remote server only.
@@ -46,18 +51,11 @@ async def connect(place: Place, terms: Terms) -> AsyncIterator[UpstreamLink]:
         async with connect_http(place, terms) as http_link:
             yield http_link
         return
-    link = PipeLink(
-        place,
-        server_id=terms.server_id,
-        on_notice=terms.on_notice,
-        on_ask=terms.on_ask,
-        isolated=terms.isolated,
-        max_message_bytes=terms.max_message_bytes,
-    )
+    link = PipeLink(place, terms)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.run)
         try:
-            await link.handshake(terms.capabilities, terms.info, terms.version, terms.timeout)
+            await link.handshake()
         except GatewayError as error:
             with trio.move_on_after(0.5):  # RB01: the exit code belongs into the message
                 if isinstance(error, LinkLost):

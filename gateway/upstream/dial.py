@@ -317,6 +317,8 @@ _RESERVED: Final = frozenset(
         "expect",
         "keep-alive",
         "last-event-id",
+        "mcp-method",
+        "mcp-name",
         "mcp-protocol-version",
         "mcp-session-id",
         "proxy-connection",

@@ -1,9 +1,9 @@
-"""From an Origin to a link that has been spoken to: Streamable HTTP, and HTTP+SSE where a server is older than that.
+"""From an Origin to a link that has been spoken to: modern or legacy, Streamable HTTP or HTTP+SSE.
 
-A link opens with the handshake (compat K16): ``initialize`` is POSTed, and where that gets 400, 404 or 405 an event
-stream is asked for instead (specification 2025-11-25, transports, backwards compatibility); another gateway is asked
-for plain calls instead (compat S8). 401, 403, 5xx and network faults decide nothing. The probe of the modern era
-(protocol.md section 3) belongs in front of these, in ``_open``; what it finds is one more subclass of ``HttpLink``.
+A link opens with the question for its server's era (protocol.md section 3, "Probing an upstream"): ``server/discover``
+and ``initialize`` are POSTed in the order of ``terms.eras``. Where ``initialize`` gets 400, 404 or 405 an event stream
+is asked for instead (specification 2025-11-25, transports, backwards compatibility; compat K16); another gateway is
+asked for plain calls instead (compat S8). 401, 403, 5xx and network faults decide nothing.
 
 httpx costs 50 ms and 5 MB, so this module is imported when the first remote server starts.
 """
@@ -11,17 +11,20 @@ httpx costs 50 ms and 5 MB, so this module is imported when the first remote ser
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import Final
 
 import httpx
 import trio
 
 from gateway import __version__
-from gateway.errors import GatewayError, LinkLost, RateLimited, ServerProtocolError, StartFailed
+from gateway.errors import GatewayError, LinkLost, RateLimited, ServerProtocolError, StartFailed, UpstreamError
+from gateway.protocol.eras import Era
 from gateway.runtimes.base import Origin
 from gateway.upstream.dial import Resolver, Target, open_transport, resolve
 from gateway.upstream.http_link import CLOSE_LIMIT, HttpLink, NoStreamableHttp
 from gateway.upstream.http_sse import SseLink
+from gateway.upstream.modern_http import ModernHttpLink
 from gateway.upstream.plain_rpc import NO_MERGED_VIEW, PlainLink
 from gateway.upstream.streamable import StreamableLink
 from gateway.upstream.terms import Terms
@@ -70,23 +73,87 @@ async def connect_http(origin: Origin, terms: Terms, *, resolve_host: Resolver =
 async def _open(
     origin: Origin, target: Target, transport: httpx.AsyncBaseTransport, nursery: trio.Nursery, terms: Terms
 ) -> HttpLink:
-    """Find out which transport the server speaks, newest first, and do the handshake."""
-    details = origin.details
-    link = StreamableLink(target, transport, nursery, terms, details)
+    """Find out which era and which transport the server speaks, and do the handshake."""
+    eras = terms.eras
+    modern = ModernHttpLink(target, transport, nursery, terms, origin.details) if Era.MODERN in eras else None
+    asked = False
+    if modern is not None and eras[0] is Era.MODERN:
+        found = await modern.probe(last=len(eras) == 1)
+        if found:
+            return modern
+        asked = found is False
+        if asked:
+            modern.lose(_SUPERSEDED)
+    try:
+        link = await _open_legacy(origin, target, transport, nursery, terms, None if asked else modern)
+    except _IsModern as found_out:
+        return found_out.link
+    link.decided = "initialize" if len(eras) > 1 else "catalog"
+    if modern is not None:
+        # It speaks both and was only slow: nothing is known against the modern era.
+        link.slow = await modern.answered_late()
+        modern.lose(_SUPERSEDED)
+    return link
+
+
+_SUPERSEDED: Final = LinkLost("superseded")
+
+
+class _IsModern(Exception):
+    """The server that was spoken to in the old way turned out to be a modern one."""
+
+    def __init__(self, link: ModernHttpLink) -> None:
+        super().__init__()
+        self.link = link
+
+
+async def _open_legacy(
+    origin: Origin,
+    target: Target,
+    transport: httpx.AsyncBaseTransport,
+    nursery: trio.Nursery,
+    terms: Terms,
+    modern: ModernHttpLink | None,
+) -> HttpLink:
+    """Do the handshake over the newest transport that the server has.
+
+    ``modern`` is for asking a server that is no good legacy one whether it is a modern one: it never has been asked, or
+    was slow to answer. Raises _IsModern then.
+    """
+    link = StreamableLink(target, transport, nursery, terms, origin.details)
     try:
         await link.open()
+        if link.sessionless and modern is not None and terms.eras[0] is Era.LEGACY:
+            # Without a session it can neither ask nor announce anything (protocol.md section 4.6).
+            await _ask(modern, link)
+        await link.offer_nothing()
+        return link
     except ServerProtocolError as error:
         if origin.plain is None or origin.plain[1]:
             raise
         raise StartFailed(f"{error.message}{NO_MERGED_VIEW}") from error  # 422, from an original gateway
-    except NoStreamableHttp as refusal:
-        link.lose(LinkLost("superseded"))
-        if origin.plain is not None:
-            url, server_id = origin.plain
-            plain = PlainLink(target.at(url), server_id, transport, nursery, terms, details)
-            await plain.open(refusal)
-            return plain
-        older = SseLink(target, transport, nursery, terms, details)
-        await older.open(refusal)
-        return older
-    return link
+    except StartFailed as refusal:
+        if modern is not None and type(refusal) is StartFailed:
+            await _ask(modern, link)
+        raise
+    except NoStreamableHttp as error:
+        no_streamable = error
+    if modern is not None:
+        await _ask(modern, link)
+    link.lose(_SUPERSEDED)
+    if origin.plain is not None:
+        url, server_id = origin.plain
+        plain = PlainLink(target.at(url), server_id, transport, nursery, terms, origin.details)
+        await plain.open(no_streamable)
+        return plain
+    older = SseLink(target, transport, nursery, terms, origin.details)
+    await older.open(no_streamable)
+    return older
+
+
+async def _ask(modern: ModernHttpLink, link: HttpLink) -> None:
+    """Raise _IsModern if the server is modern. What decides nothing leaves what is known already."""
+    with suppress(UpstreamError, RateLimited):
+        if await modern.probe(last=False):
+            link.lose(_SUPERSEDED)
+            raise _IsModern(modern)

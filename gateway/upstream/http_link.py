@@ -1,8 +1,12 @@
-"""What the two HTTP transports share: a call's task, deadlines, questions, errors. See ``streamable`` and ``http_sse``.
+"""What all HTTP transports share: a call's tasks, deadlines, questions, errors. See ``streamable``, ``http_sse``,
+``plain_rpc`` and ``modern_http``.
 
 Two things hold for every line. A call is sent once: it is repeated only where the server's own answer proves that
 nothing ran (404 for its session, RB54), never after a broken connection. And whatever a server does (hang, drip, flood,
 redirect, answer nonsense) ends in an error that names the cause, within the call's deadline and ``max_message_bytes``.
+
+One call may take several requests, one after another: a tool that only runs as a task, the rounds of a modern server.
+Each has an id of its own, ``call.id`` being the last one's, and a task of its own (``_carry``).
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from gateway.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, own_request
-from gateway.protocol.eras import Era
+from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
+from gateway.protocol.eras import LEGACY_VERSIONS, Era, level_at_least
 from gateway.protocol.message import (
     ERROR,
     NOTIFICATION,
@@ -35,16 +39,20 @@ from gateway.protocol.message import (
     Malformed,
     Message,
     build_notification,
-    build_request,
     build_result,
     decode_reply,
     dumps,
+    split_batch,
+    text_of,
 )
-from gateway.protocol.sse import Event, Oversize
+from gateway.protocol.sse import Decoder, Event, Oversize
+from gateway.protocol.translate import progress_for
 from gateway.telemetry.logs import TRACE, Throttle
 from gateway.upstream.dial import CONNECT_LIMIT, Target, border
+from gateway.upstream.modern import cleaned_tools, legacy_params
 from gateway.upstream.pending import Pending
 from gateway.upstream.pipe import TICK
+from gateway.upstream.tasks import TaskRun, needs_task
 from gateway.upstream.terms import Terms
 
 __all__ = [
@@ -53,8 +61,11 @@ __all__ = [
     "POST_LIMIT",
     "HttpLink",
     "NoStreamableHttp",
+    "Trail",
+    "about_session",
     "body_of",
     "content_type",
+    "encoded",
     "one_line",
 ]
 
@@ -68,6 +79,13 @@ POST_LIMIT: Final = 30.0
 """Seconds a notification or an answer may take."""
 CLOSE_LIMIT: Final = 2.0
 """Seconds for the DELETE that ends a session."""
+LEVEL_LIMIT: Final = 5.0
+"""Seconds a call waits for its server to take note of the log level it wants."""
+REOPEN: Final = 1.0
+"""Seconds before an ended event stream is asked for again, unless the server names another time."""
+MAX_REOPEN: Final = 30.0
+DRAIN: Final = 0.1
+"""Seconds to wait for the end of a stream whose reply has come, so that its connection can be used again."""
 MAX_STRIKES: Final = 3
 """Calls in a row that failed for want of the server, after which the link is given up and the handshake tried anew."""
 DISCARD_LIMIT: Final = 1.0
@@ -75,22 +93,43 @@ DISCARD_LIMIT: Final = 1.0
 MAX_SMALL: Final = 64 * 1024
 """Bytes read of a body that should hold nothing or an error."""
 JSON_BODY: Final = (b"content-type", b"application/json")
+OLDEST: Final = LEGACY_VERSIONS[0]
+"""Its progress has no message."""
 
 _any_id = re.compile(rb'"id" ?: ?([0-9]{1,18})')
+about_session = re.compile(r"session|not initialized", re.IGNORECASE).search
+"""Whether an error's text says that the server wants a session, or another one."""
 
 
 class NoStreamableHttp(UpstreamError):
     """``initialize`` got 400, 404 or 405: perhaps a server of 2024-11-05."""
 
 
-class HttpLink:
-    """A legacy server behind a URL. Implements ``exchange.Link``; what both transports share.
+class Trail:
+    """What is known of an event stream across its connections: the last event id and when to ask again."""
 
-    One task per call carries it, one sweeps deadlines; tasks live in the nursery given. ``lost`` is set when the link
-    is over for good. Constructor arguments are ``Terms``; questions are put to a client only where it owns the server.
+    __slots__ = ("id", "wait")
+
+    def __init__(self) -> None:
+        self.id = ""
+        self.wait = REOPEN
+
+    def follow(self, decoder: Decoder) -> None:
+        """Take over what the stream has said so far."""
+        self.id = decoder.last_event_id
+        if decoder.retry is not None:
+            self.wait = min(max(decoder.retry / 1000, 0.1), MAX_REOPEN)
+
+
+class HttpLink:
+    """A server behind a URL, a legacy one unless a subclass says otherwise. Implements ``exchange.Link``.
+
+    One task per request carries it, one sweeps deadlines; tasks live in the nursery given. ``lost`` is set when the
+    link is over for good. Constructor arguments are ``Terms``; questions are put to a client only where it owns the
+    server.
     """
 
-    era = Era.LEGACY
+    era: Era = Era.LEGACY
     transport_name: ClassVar[str]
     prefers_sole_call: ClassVar[bool]
     """Whether what comes on no call's own stream is taken for part of the only call in flight, if there is one."""
@@ -107,6 +146,10 @@ class HttpLink:
         self.ping: Callable[[float], Awaitable[None]] | None = self._ping
         """Asks the server whether it lives: any reply will do. Raises an UpstreamError (compat K16)."""
         self.facts: Mapping[str, Any] = {}
+        self.decided = ""
+        """By what the era was found out: "server/discover", "initialize" or "catalog"."""
+        self.slow = False
+        """Whether it is spoken to in its second era only because it took too long to answer in the first."""
         self.pending = Pending()
         self.lost: LinkLost | None = None
         self._target = target
@@ -116,10 +159,12 @@ class HttpLink:
         self._details = details
         self._max = terms.max_message_bytes
         self._can_ask = terms.isolated
-        self._asks: dict[str, tuple[Ask, Call | None]] = {}
+        self._asks: dict[str, tuple[Ask, int]] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._posts = 0
         self._strikes = 0
+        self._level: str | None = None
+        self._levelling = trio.Lock()
         self._closed = trio.Event()
         self._wake_sweeper = trio.Event()
         self._noise = Throttle(log)
@@ -131,7 +176,12 @@ class HttpLink:
     @property
     def details(self) -> Mapping[str, Any]:
         """Facts of the origin, for people."""
-        return {**self._details, "transport": self.transport_name}
+        return {
+            **self._details,
+            "transport": self.transport_name,
+            "era": self.era.value,
+            "era_decided_by": self.decided,
+        }
 
     # ------------------------------------------------------------------------------------------------ the whole link
     async def wait_closed(self) -> None:
@@ -175,40 +225,64 @@ class HttpLink:
         """Send a request, in a task of its own. See ``exchange.Link.call``."""
         if self.lost is not None:
             raise self.lost
-        message = exchange.message
+        call = Call(exchange, self, self.pending.new_id(), trio.current_time())
+        self._go(call, exchange.message.method, self._params(exchange, call.id))
+        return call
+
+    def _params(self, exchange: Exchange, id: int) -> str:
+        """The params of a request as this server wants them; ``id`` is also the progress token."""
+        return legacy_params(exchange, id)
+
+    def _go(self, call: Call, method: str, params: str) -> None:
+        """Send a request for a call's sake, under ``call.id``, in a task of its own."""
+        id = call.id
         pending = self.pending
-        id = pending.new_id()
-        changes = exchange.changes
-        meta = message.meta
-        if "progressToken" in meta:
-            changes = {**(changes or {}), "_meta": dumps({**meta, "progressToken": id})}
-        call = Call(exchange, self, id, trio.current_time())
-        text = build_request(str(id), message.method, message.params_text(changes))
         self._scopes[id] = trio.CancelScope()
-        self._nursery.start_soon(self._carry, call, text.encode())
+        self._nursery.start_soon(self._carry, call, id, method, params)
         if not pending.calls:
             self._wake_sweeper.set()
         pending.calls[id] = call
-        return call
 
-    async def _carry(self, call: Call, body: bytes) -> None:
-        """One call's task: it ends with the reply, an error or the call's cancellation."""
+    async def _carry(self, call: Call, id: int, method: str, params: str) -> None:
+        """One request's task: it ends with the reply, an error or the call's cancellation."""
         try:
-            with self._scopes[call.id]:
-                await self._converse(call, body)
+            with self._scopes[id]:
+                client = call.exchange.client
+                if client.log_level is not None and client.era is Era.MODERN and self.era is Era.LEGACY:
+                    await self._lower_level(client.log_level)
+                await self._converse(call, id, method, params)
         except GatewayError as error:
-            self.pending.drop(call)
-            self._strike(error)
-            call.fail(error)
+            if call.id == id:
+                self.pending.drop(call)
+                self._strike(error)
+                call.fail(error)
         finally:
-            del self._scopes[call.id]
+            del self._scopes[id]
             for key, (ask, owner) in list(self._asks.items()):
-                if owner is call:
+                if owner == id:
                     del self._asks[key]
                     ask.withdraw("the request behind it has ended")
 
-    async def _converse(self, call: Call, body: bytes) -> None:
-        """Send a call and see to its reply. Raises GatewayError."""
+    async def _lower_level(self, level: str) -> None:
+        """A modern client wants logs with this call: have the server send them (protocol.md section 4.1, log).
+
+        Only where they can be told from those of other clients' calls. What the server makes of it is its business.
+        """
+        if "logging" not in self.facts.get("capabilities", {}) or (
+            self.prefers_sole_call and not self._terms.isolated
+        ):
+            return
+        async with self._levelling:
+            if self._level is not None and level_at_least(level, self._level):
+                return
+            try:
+                await self.request("logging/setLevel", dumps({"level": level}), timeout=LEVEL_LIMIT)
+                self._level = level  # also where it is refused: it would be again
+            except GatewayError as error:
+                log.debug("server %s did not take the log level %s: %s", self.server_id, level, error)
+
+    async def _converse(self, call: Call, id: int, method: str, params: str) -> None:
+        """Send a call's request of that id and see to its reply. Raises GatewayError."""
         raise NotImplementedError
 
     async def _post(self, text: str) -> None:
@@ -240,6 +314,25 @@ class HttpLink:
         if self.pending.drop(call) and call.exchange.message.method != "initialize":
             tail = f',"reason":{dumps(reason)}' if reason else ""
             self.notify("notifications/cancelled", f'{{"requestId":{call.id}{tail}}}')
+            if type(call.rounds) is TaskRun and call.rounds.id and self.lost is None:
+                with suppress(GatewayError):
+                    params = dumps({"taskId": call.rounds.id})
+                    self.call(internal_exchange("tasks/cancel", params, trio.current_time() + POST_LIMIT))
+
+    def forget(self, call: Call) -> None:
+        """See ``exchange.Link.forget``."""
+        scope = self._scopes.get(call.id)
+        if scope is not None:
+            scope.cancel()
+        self.pending.drop(call)
+
+    async def subscribe(self, uri: str, timeout: float) -> Message:
+        """See ``exchange.Link.subscribe``."""
+        return await self.request("resources/subscribe", dumps({"uri": uri}), timeout=timeout)
+
+    async def unsubscribe(self, uri: str, timeout: float) -> Message:
+        """See ``exchange.Link.unsubscribe``."""
+        return await self.request("resources/unsubscribe", dumps({"uri": uri}), timeout=timeout)
 
     def _post_soon(self, text: str) -> None:
         if self.lost is None and self._posts < MAX_POSTS:
@@ -338,8 +431,44 @@ class HttpLink:
                     return f": {str(message.result.get('message', ''))[:200]}"
         return ""
 
-    def _event(self, event: Event | Oversize, call: Call | None) -> None:
-        """One event of a stream: ``call`` is the one whose stream it is, None for a stream of the session's."""
+    def _ended(self, call: Call, id: int) -> bool:
+        """Whether the request of that id has its reply, or is of no interest any more."""
+        return call.done or call.id != id
+
+    def _body(self, call: Call, id: int, data: bytes) -> None:
+        """A JSON body: the reply, or a batch with it inside (2025-03-26)."""
+        try:
+            text = text_of(one_line(data))
+            for entry in split_batch(text) or [text]:
+                self._message(decode_reply(entry), call, id)
+        except Malformed as error:
+            raise self._nonsense(f"sent a body that is no JSON-RPC message ({error})") from error
+        if not self._ended(call, id):
+            raise self._nonsense("sent a body without the reply to this request")
+
+    async def _stream(self, call: Call | None, id: int, response: httpx.Response, trail: Trail) -> None:
+        """Read one event stream to its end, or until the call has its reply. Raises LinkLost when it breaks off."""
+        decoder = Decoder(self._max, trail.id)
+        try:
+            async with body_of(response) as chunks:
+                async for chunk in chunks:
+                    for event in decoder.feed(chunk):
+                        self._event(event, call, id)
+                    trail.follow(decoder)
+                    if call is None:
+                        continue
+                    if self._ended(call, id):
+                        with trio.move_on_after(DRAIN):
+                            async for _ in chunks:
+                                pass
+                        return
+                    if decoder.overflowing:
+                        raise self._too_large()
+        finally:
+            trail.follow(decoder)
+
+    def _event(self, event: Event | Oversize, call: Call | None, id: int = 0) -> None:
+        """One event of a stream: ``call`` and ``id`` are those whose stream it is, None for one of the session's."""
         if type(event) is Oversize:
             if call is not None:
                 raise self._too_large()
@@ -356,7 +485,7 @@ class HttpLink:
                     event.data[:200],
                 )
                 return
-            self._message(message, call)
+            self._message(message, call, id)
 
     def _oversize(self, event: Oversize) -> None:
         """An event over the limit on a shared stream: end the call it answers, or every call if that can't be told."""
@@ -370,28 +499,50 @@ class HttpLink:
                     return
         self.pending.fail_all(error)
 
-    def _message(self, message: Message, call: Call | None) -> None:
+    def _message(self, message: Message, call: Call | None, id: int = 0) -> None:
         if log.isEnabledFor(TRACE):
             log.log(TRACE, "Received message %s", message.text)
         kind = message.kind
         if kind > NOTIFICATION:
-            if call is not None and message.id != call.id:
+            if call is not None and message.id != id:
                 self.pending.unmatched += 1
                 return
             ended = self.pending.take(message.id)
             if ended is not None:
                 self._strikes = 0
                 self._replied(ended, message)
-                ended.finish(Reply(message))
         elif kind is REQUEST:
-            self._asked(message, call)
+            self._asked(message, call, id)
         else:
             self._notified(message, call)
 
-    def _replied(self, call: Call, reply: Message) -> None:
-        """A hook: a call has got this reply."""
+    def _replied(self, call: Call, message: Message) -> None:
+        """The reply to a call's last request: the call's own, unless another request follows from it."""
+        exchange, run = call.exchange, call.rounds
+        method = exchange.message.method
+        if method == "tools/list":
+            message = cleaned_tools(message, drop_invalid=True)
+        elif method == "logging/setLevel" and message.kind is not ERROR:
+            self._level = str(exchange.message.param("level"))
+        elif run is None and needs_task(self.facts.get("capabilities", {}), method, message):
+            call.id = self.pending.new_id()
+            call.rounds = run = TaskRun(call.id)
+            own = exchange.changes
+            exchange.changes = {**(own or {}), **run.changes}
+            params = legacy_params(exchange, call.id)
+            exchange.changes = own
+            self._go(call, method, params)
+            return
+        elif type(run) is TaskRun:
+            after = run.take(message)
+            if after is not None:
+                self.pending.keep_token(run.token, call)
+                call.id = self.pending.new_id()
+                self._go(call, *after)
+                return
+        call.finish(Reply(message))
 
-    def _asked(self, message: Message, call: Call | None) -> None:
+    def _asked(self, message: Message, call: Call | None, id: int) -> None:
         if message.method == "ping":
             self._post_soon(build_result(message.id_text, "{}"))
             return
@@ -408,7 +559,7 @@ class HttpLink:
         if not self._can_ask or len(self._asks) >= MAX_ASKS:
             decline(ask)
             return
-        self._asks[key] = (ask, call)
+        self._asks[key] = (ask, id)
         sole = self.pending.sole_client_call()
         if call is None and self.prefers_sole_call:
             call = sole
@@ -427,10 +578,7 @@ class HttpLink:
         if method == "notifications/progress":
             call = self.pending.get(message.param("progressToken"))
             if call is not None:
-                token = call.exchange.message.meta.get("progressToken")
-                if token is not None:
-                    text = message.params_text({"progressToken": dumps(token)})
-                    call.deliver(Interim(build_notification(method, text)))
+                self._progressed(call, message)
         elif method == "notifications/cancelled":
             ask, _ = self._asks.pop(dumps(message.param("requestId")), (None, None))
             if ask is not None:
@@ -438,12 +586,25 @@ class HttpLink:
         elif method.endswith("/list_changed") or method == "notifications/resources/updated":
             self._terms.on_notice(message)
         else:
-            if call is None and self.prefers_sole_call and self._terms.isolated and method == "notifications/message":
-                call = self.pending.sole_client_call()
+            if call is None and self._terms.isolated and method == "notifications/message":
+                # A client without a way of its own to be told (a modern one) gets it with its call, or not at all.
+                sole = self.pending.sole_client_call()
+                if self.prefers_sole_call or (sole is not None and sole.exchange.client.owner is None):
+                    call = sole
             if call is not None and call.exchange.client.key:
                 call.deliver(Interim(message.text))
             else:
                 self._terms.on_notice(message)
+
+    def _progressed(self, call: Call, message: Message) -> None:
+        client = call.exchange.client
+        token = call.exchange.message.meta.get("progressToken")
+        if token is None:
+            return
+        if client.version == OLDEST and message.param("message") is not None:
+            message = progress_for(message, OLDEST)
+        text = message.params_text({"progressToken": dumps(token)})
+        call.deliver(Interim(build_notification(message.method, text)))
 
 
 class _Body(httpx.AsyncByteStream):
@@ -479,6 +640,11 @@ async def body_of(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes
 def content_type(response: httpx.Response) -> str:
     kind: str = response.headers.get("content-type", "")
     return kind.partition(";")[0].strip().lower()
+
+
+def encoded(text: str) -> bytes:
+    """A message of checked JSON as bytes. Half a surrogate pair, which a re-encoded string may hold, is escaped."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def one_line(data: bytes) -> bytes:

@@ -10,9 +10,9 @@ import trio
 from gateway.errors import GatewayError, LinkLost, StartFailed
 from gateway.exchange import Call
 from gateway.protocol import handshake
-from gateway.protocol.message import build_notification
+from gateway.protocol.message import build_notification, build_request
 from gateway.protocol.sse import EVENT_STREAM, Decoder, Event
-from gateway.upstream.http_link import JSON_BODY, POST_LIMIT, HttpLink, body_of, content_type
+from gateway.upstream.http_link import JSON_BODY, POST_LIMIT, HttpLink, body_of, content_type, encoded
 
 __all__ = ["SseLink"]
 
@@ -87,15 +87,15 @@ class SseLink(HttpLink):
             )
         self._endpoint = url.copy_with(fragment=None)
 
-    async def _converse(self, call: Call, body: bytes) -> None:
+    async def _converse(self, call: Call, id: int, method: str, params: str) -> None:
         # The reply comes on the stream, perhaps before this POST is done with.
         with trio.move_on_after(POST_LIMIT) as scope:
-            await self._submit(body)
+            await self._submit(encoded(build_request(str(id), method, params)))
         if scope.cancelled_caught:
             raise LinkLost(f"Server '{self.server_id}' did not take a request within {POST_LIMIT:g} s")
 
     async def _post(self, text: str) -> None:
-        await self._submit(text.encode())
+        await self._submit(encoded(text))
 
     async def _submit(self, body: bytes) -> None:
         assert self._endpoint is not None

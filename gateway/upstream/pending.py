@@ -17,10 +17,11 @@ __all__ = ["Pending"]
 class Pending:
     """Calls by id, oldest first. ``unmatched`` counts replies that belonged to nobody (late, doubled, invented)."""
 
-    __slots__ = ("_last", "calls", "unmatched")
+    __slots__ = ("_last", "calls", "tokens", "unmatched")
 
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
+        self.tokens: dict[int, Call] = {}
         self.unmatched = 0
         self._last = 0
 
@@ -45,7 +46,14 @@ class Pending:
 
     def get(self, token: object) -> Call | None:
         """The call that a progress token belongs to."""
-        return self.calls.get(token) if type(token) is int else None
+        if type(token) is not int:
+            return None
+        return self.calls.get(token) or self.tokens.get(token)
+
+    def keep_token(self, token: int, call: Call) -> None:
+        """The call goes on under another id, but its progress still comes under this token."""
+        self.tokens = {t: c for t, c in self.tokens.items() if not c.done}
+        self.tokens[token] = call
 
     def drop(self, call: Call) -> bool:
         """Forget a call; False when it was not in flight any more."""

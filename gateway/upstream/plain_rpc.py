@@ -27,9 +27,17 @@ from gateway.errors import (
 )
 from gateway.exchange import Call, Reply
 from gateway.protocol import handshake
-from gateway.protocol.message import ERROR, NOTIFICATION, Malformed, build_notification, decode_reply, dumps
+from gateway.protocol.message import (
+    ERROR,
+    NOTIFICATION,
+    Malformed,
+    build_notification,
+    build_request,
+    decode_reply,
+    dumps,
+)
 from gateway.upstream.dial import Target
-from gateway.upstream.http_link import JSON_BODY, HttpLink, content_type, one_line
+from gateway.upstream.http_link import JSON_BODY, HttpLink, content_type, encoded, one_line
 from gateway.upstream.streamable import deliverable
 from gateway.upstream.terms import Terms
 
@@ -73,8 +81,8 @@ class PlainLink(HttpLink):
         with trio.move_on_after(INITIALIZED_LIMIT), suppress(UpstreamError, RateLimited):
             await self._post(build_notification(handshake.INITIALIZED))
 
-    async def _converse(self, call: Call, body: bytes) -> None:
-        async with self._posted(body.decode()) as response:
+    async def _converse(self, call: Call, id: int, method: str, params: str) -> None:
+        async with self._posted(build_request(str(id), method, params)) as response:
             status = response.status_code
             json_body = content_type(response) == "application/json"
             data = await self._read(response, self._max) if json_body else b""
@@ -84,9 +92,9 @@ class PlainLink(HttpLink):
             gateway_fault = message is not None and message.kind is ERROR and status >= 400
             if message is not None and message.kind > NOTIFICATION and not gateway_fault:
                 # The next message of the server is what the original answers with, whatever it is: never another's.
-                if message.id != call.id:
+                if message.id != id:
                     raise self._nonsense("answered with a message that is no reply to this request")
-                self._message(message, call)
+                self._message(message, call, id)
                 return
             if status < 300:
                 raise self._nonsense("answered with a body that is no JSON-RPC reply")
@@ -102,7 +110,7 @@ class PlainLink(HttpLink):
             await self._discard(response)
 
     def _posted(self, text: str) -> Any:
-        return self._send("POST", self._target.url, [_ACCEPT, JSON_BODY], (self._prefix + text[1:]).encode())
+        return self._send("POST", self._target.url, [_ACCEPT, JSON_BODY], encoded(self._prefix + text[1:]))
 
     def _fault(self, response: httpx.Response, said: str) -> GatewayError:
         """The error for a status, as compat H26 has them."""

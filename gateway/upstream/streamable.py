@@ -11,58 +11,55 @@ from typing import Any, Final
 import httpx
 import trio
 
-from gateway.errors import GatewayError, LinkLost, NoSuchServer, ServerProtocolError, UpstreamError, UpstreamTimeout
-from gateway.exchange import Call, Reply
+from gateway.errors import (
+    GatewayError,
+    LinkLost,
+    NoSuchServer,
+    ServerProtocolError,
+    StartFailed,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from gateway.exchange import Call
 from gateway.protocol import handshake
+from gateway.protocol.eras import MODERN, UNSUPPORTED_VERSION, Era
 from gateway.protocol.message import (
     ERROR,
     RESULT,
     Malformed,
     Message,
     build_notification,
+    build_request,
     decode_reply,
-    split_batch,
-    text_of,
 )
-from gateway.protocol.sse import EVENT_STREAM, Decoder
-from gateway.upstream.http_link import JSON_BODY, HttpLink, NoStreamableHttp, body_of, content_type, one_line
+from gateway.protocol.sse import EVENT_STREAM
+from gateway.upstream.http_link import (
+    JSON_BODY,
+    MAX_REOPEN,
+    HttpLink,
+    NoStreamableHttp,
+    Trail,
+    about_session,
+    content_type,
+    encoded,
+    one_line,
+)
 
 __all__ = ["StreamableLink", "deliverable"]
 
 log = logging.getLogger("gateway_core")
 
 BOTH: Final = f"application/json, {EVENT_STREAM}"
-DRAIN: Final = 0.1
-"""Seconds to wait for the end of a stream whose reply has come, so that its connection can be used again."""
-REOPEN: Final = 1.0
-"""Seconds before an ended event stream is asked for again, unless the server names another time."""
-MAX_REOPEN: Final = 30.0
 MAX_RESUMES: Final = 3
 """Failed attempts in a row to take up a broken stream."""
 RENEW_LIMIT: Final = 60.0
 """Seconds for a handshake that replaces a lost session."""
 
 _visible = re.compile(r"[\x21-\x7e]{1,4096}").fullmatch
-_about_session = re.compile(r"session|not initialized", re.IGNORECASE).search
 
 
 class _SessionLost(Exception):
     """The server does not know the session, so it has not run what was sent."""
-
-
-class _Trail:
-    """What is known of an event stream across its connections: the last event id and when to ask again."""
-
-    __slots__ = ("id", "wait")
-
-    def __init__(self) -> None:
-        self.id = ""
-        self.wait = REOPEN
-
-    def follow(self, decoder: Decoder) -> None:
-        self.id = decoder.last_event_id
-        if decoder.retry is not None:
-            self.wait = min(max(decoder.retry / 1000, 0.1), MAX_REOPEN)
 
 
 class StreamableLink(HttpLink):
@@ -77,6 +74,7 @@ class StreamableLink(HttpLink):
         self._version = ""
         self._offered = ""
         self._renewing = trio.Lock()
+        self._may_be_modern = Era.MODERN in self._terms.eras
         self._listening = trio.CancelScope()
         self._replay: dict[str, tuple[str, str]] = {}
 
@@ -85,14 +83,25 @@ class StreamableLink(HttpLink):
         """Do the handshake. Raises UpstreamError; NoStreamableHttp where an older transport may be tried."""
         terms = self._terms
         await self._initialize(terms.capabilities, terms.timeout)
-        if not self._session and terms.capabilities:
-            # Without a session it has no way to ask a client anything (protocol.md section 4.6): don't offer it.
-            await self._initialize({}, terms.timeout)
+
+    @property
+    def sessionless(self) -> bool:
+        """Whether the server gave no session id."""
+        return not self._session
+
+    async def offer_nothing(self) -> None:
+        """Greet a server anew that has no session and so no way to ask a client (protocol.md section 4.6)."""
+        if self.sessionless and self._terms.capabilities:
+            await self._initialize({}, self._terms.timeout)
 
     async def _initialize(self, capabilities: Mapping[str, Any], timeout: float) -> None:
         method, params = handshake.opening(capabilities, self._terms.info, self._terms.version)
         self._offered = ""
-        facts = handshake.conclude(await self.request(method, params, timeout=timeout))
+        reply = await self.request(method, params, timeout=timeout)
+        if reply.kind is ERROR and reply.result.get("code") == UNSUPPORTED_VERSION and not self._may_be_modern:
+            said = str(reply.result.get("message", ""))[:200]
+            raise StartFailed(f"handshake refused: {said}; the server speaks {MODERN}, which era: legacy rules out")
+        facts = handshake.conclude(reply)
         session, version = self._offered, str(facts["protocolVersion"])
         if not session:
             self._can_ask = False
@@ -149,22 +158,23 @@ class StreamableLink(HttpLink):
         await self._submit(text, self._headers(self._session, self._version))
 
     async def _submit(self, text: str, headers: list[tuple[bytes, bytes]]) -> None:
-        async with self._send("POST", self._target.url, [*headers, JSON_BODY], text.encode()) as response:
+        async with self._send("POST", self._target.url, [*headers, JSON_BODY], encoded(text)) as response:
             if response.status_code >= 300:
                 raise await self._refusal(response)
             await self._discard(response)
 
     # --------------------------------------------------------------------------------------------------------- calls
-    async def _converse(self, call: Call, body: bytes) -> None:
+    async def _converse(self, call: Call, id: int, method: str, params: str) -> None:
+        body = encoded(build_request(str(id), method, params))
         for last in (False, True):
             # The handshake belongs to no session and to no version yet.
-            opening = call.exchange.message.method == "initialize"
+            opening = method == "initialize"
             session = "" if opening else self._session
             headers = self._headers(session, "" if opening else self._version)
-            trail = _Trail()
+            trail = Trail()
             try:
                 async with self._send("POST", self._target.url, [*headers, JSON_BODY], body) as response:
-                    await self._follow(call, response, trail, session)
+                    await self._follow(call, id, response, trail, session)
             except _SessionLost:
                 if last:
                     raise UpstreamError(f"Server '{self.server_id}' lost its session twice in a row") from None
@@ -173,11 +183,11 @@ class StreamableLink(HttpLink):
             except LinkLost:
                 if not trail.id:
                     raise
-            if not call.done:
-                await self._resume(call, trail, headers)
+            if not self._ended(call, id):
+                await self._resume(call, id, trail, headers)
             return
 
-    async def _follow(self, call: Call, response: httpx.Response, trail: _Trail, session: str) -> None:
+    async def _follow(self, call: Call, id: int, response: httpx.Response, trail: Trail, session: str) -> None:
         """Take the answer to a POST. Returns without a reply only when a stream has ended."""
         status, kind = response.status_code, content_type(response)
         opening = call.exchange.message.method == "initialize"
@@ -185,16 +195,16 @@ class StreamableLink(HttpLink):
             if opening:
                 self._offered = self._session_id(response)
             if kind == EVENT_STREAM:
-                await self._stream(call, response, trail)
+                await self._stream(call, id, response, trail)
                 return
             if kind != "application/json":
                 raise self._nonsense(f"answered {status} with {kind[:60] or 'nothing'} instead of a JSON-RPC reply")
-            self._body(call, await self._read(response, self._max))
+            self._body(call, id, await self._read(response, self._max))
             return
         if 400 <= status < 500 and status not in (401, 403, 429):
             if kind == "application/json":
-                self._error_body(call, status, await self._read(response, self._max), session)
-            if call.done:
+                self._error_body(call, id, status, await self._read(response, self._max), session)
+            if self._ended(call, id):
                 return
             if status == 404 and session:
                 raise _SessionLost
@@ -203,18 +213,7 @@ class StreamableLink(HttpLink):
                 raise NoStreamableHttp(error.message)
         raise await self._refusal(response)
 
-    def _body(self, call: Call, data: bytes) -> None:
-        """A JSON body: the reply, or a batch with it inside (2025-03-26)."""
-        try:
-            text = text_of(one_line(data))
-            for entry in split_batch(text) or [text]:
-                self._message(decode_reply(entry), call)
-        except Malformed as error:
-            raise self._nonsense(f"sent a body that is no JSON-RPC message ({error})") from error
-        if not call.done:
-            raise self._nonsense("sent a body without the reply to this request")
-
-    def _error_body(self, call: Call, status: int, data: bytes, session: str) -> None:
+    def _error_body(self, call: Call, id: int, status: int, data: bytes, session: str) -> None:
         """A body that came with 4xx: a JSON-RPC error is the reply, whatever its id, unless the session is gone."""
         try:
             message = decode_reply(one_line(data))
@@ -222,9 +221,9 @@ class StreamableLink(HttpLink):
             return
         if message.kind is not ERROR:
             return
-        ours = message.id == call.id
+        ours = message.id == id
         code, text = message.result.get("code"), str(message.result.get("message", ""))
-        about = _about_session(text) is not None
+        about = about_session(text) is not None
         if session and (about or not ours if status == 404 else about and not ours and status == 400):
             # TypeScript's examples answer 400 for a session they do not know, and some (we do) name the request in a
             # 404. Either way nothing has run.
@@ -238,8 +237,8 @@ class StreamableLink(HttpLink):
             raise NoStreamableHttp(
                 f"Server '{self.server_id}' at {self._target.name} answered initialize with HTTP {status}: {text[:200]}"
             )
-        if self.pending.drop(call):
-            call.finish(Reply(message))
+        if call.id == id and self.pending.drop(call):
+            self._replied(call, message)
 
     def _session_id(self, response: httpx.Response) -> str:
         session: str = response.headers.get("mcp-session-id", "")
@@ -247,8 +246,12 @@ class StreamableLink(HttpLink):
             raise self._nonsense("gave a session id that is not visible ASCII")
         return session
 
-    def _replied(self, call: Call, reply: Message) -> None:
-        """Remember what another session would have to be told."""
+    def _replied(self, call: Call, message: Message) -> None:
+        self._remember(call, message)
+        super()._replied(call, message)
+
+    def _remember(self, call: Call, reply: Message) -> None:
+        """Keep what another session would have to be told."""
         message = call.exchange.message
         if reply.kind is not RESULT or not message.method.startswith(("logging/", "resources/")):
             return
@@ -260,35 +263,14 @@ class StreamableLink(HttpLink):
             self._replay.pop(f"uri {message.param('uri')}", None)
 
     # ------------------------------------------------------------------------------------------------------- streams
-    async def _stream(self, call: Call | None, response: httpx.Response, trail: _Trail) -> None:
-        """Read one event stream to its end, or until the call has its reply. Raises LinkLost when it breaks off."""
-        decoder = Decoder(self._max, trail.id)
-        try:
-            async with body_of(response) as chunks:
-                async for chunk in chunks:
-                    for event in decoder.feed(chunk):
-                        self._event(event, call)
-                    trail.follow(decoder)
-                    if call is None:
-                        continue
-                    if call.done:
-                        with trio.move_on_after(DRAIN):
-                            async for _ in chunks:
-                                pass
-                        return
-                    if decoder.overflowing:
-                        raise self._too_large()
-        finally:
-            trail.follow(decoder)
-
-    async def _resume(self, call: Call, trail: _Trail, headers: list[tuple[bytes, bytes]]) -> None:
+    async def _resume(self, call: Call, id: int, trail: Trail, headers: list[tuple[bytes, bytes]]) -> None:
         """Take a stream up again that ended before its reply (2025-11-25, resumability and polling)."""
         failures = 0
         if not trail.id:
             raise LinkLost(f"Server '{self.server_id}' ended its event stream before it had answered")
         if call.exchange.message.method == "initialize":
             headers = self._headers(self._offered, "")
-        while not call.done:
+        while not self._ended(call, id):
             await trio.sleep(trail.wait)
             if not _visible(trail.id):
                 raise self._nonsense("gave an event id that is not visible ASCII")
@@ -298,7 +280,7 @@ class StreamableLink(HttpLink):
                 wanted = [*headers, (b"last-event-id", trail.id.encode())]
                 async with self._send("GET", self._target.url, wanted) as response:
                     if response.status_code == 200 and content_type(response) == EVENT_STREAM:
-                        await self._stream(call, response, trail)
+                        await self._stream(call, id, response, trail)
                     else:
                         refusal = await self._refusal(response)
             except ServerProtocolError:
@@ -312,7 +294,7 @@ class StreamableLink(HttpLink):
 
     async def _listen(self, scope: trio.CancelScope) -> None:
         """Keep the session's own stream open, until there is none or the session is replaced."""
-        trail = _Trail()
+        trail = Trail()
         failures = 0
         with scope:
             while self.lost is None:
@@ -324,7 +306,7 @@ class StreamableLink(HttpLink):
                         status = response.status_code
                         if status == 200 and content_type(response) == EVENT_STREAM:
                             failures = 0
-                            await self._stream(None, response, trail)
+                            await self._stream(None, 0, response, trail)
                         elif status != 429 and status < 500:
                             # 405: it has none. 404 means the same or a lost session, which the next call finds out.
                             return

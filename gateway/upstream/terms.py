@@ -8,10 +8,10 @@ from typing import Any
 import attrs
 
 from gateway.exchange import Ask
-from gateway.protocol.eras import LATEST_LEGACY
+from gateway.protocol.eras import LATEST_LEGACY, Era
 from gateway.protocol.message import Message
 
-__all__ = ["Terms"]
+__all__ = ["Terms", "WrongEra"]
 
 
 @attrs.frozen
@@ -20,6 +20,8 @@ class Terms:
 
     capabilities  declared to the server: empty for a shared one, exactly its client's for an isolated one
     isolated      one client owns the server
+    eras          the eras to try, in this order; one only where the catalog says so
+    probe_timeout seconds that a server may be silent to ``server/discover`` before it is taken for a legacy one
     """
 
     server_id: str
@@ -31,3 +33,17 @@ class Terms:
     isolated: bool = False
     max_message_bytes: int = 16 * 1024 * 1024
     timeout: float = 60.0
+    eras: tuple[Era, ...] = (Era.LEGACY,)
+    probe_timeout: float = 10.0
+
+
+class WrongEra(Exception):
+    """The server has to be started again and spoken to in this era first: the other one has spoilt the connection.
+
+    ``reason`` is for people.
+    """
+
+    def __init__(self, first: Era, reason: str) -> None:
+        super().__init__(reason)
+        self.first = first
+        self.reason = reason

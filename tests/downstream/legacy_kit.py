@@ -121,7 +121,9 @@ class FakeRouter:
         self.notified.append((exchange.message.method, exchange.message.params, exchange.client))
         self.arrived.unpark_all()
 
-    def subscribe(self, server_id: str | None, wake: Callable[[], None]) -> Subscription:
+    def subscribe(
+        self, server_id: str | None, wake: Callable[[], None], principal: object = None, client: object = None
+    ) -> Subscription:
         return self.hub.subscribe(ALL if server_id is None else server_id, wake)
 
     def close(self, client: Client) -> None:

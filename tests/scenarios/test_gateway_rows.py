@@ -28,7 +28,8 @@ def script(folder: Path, name: str, code: str, **more: Any) -> dict[str, Any]:
     path = folder / f"{name}.py"
     path.write_text(textwrap.dedent(code))
     runtime = {"type": "local-process", "command": sys.executable, "args": ["-E", "-s", str(path)]}
-    return {"id": name, "runtime": runtime, **more}
+    # Their era is given: they answer whatever comes first as if it were initialize.
+    return {"id": name, "runtime": runtime, "era": "legacy", **more}
 
 
 HELLO = """
