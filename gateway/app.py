@@ -333,6 +333,7 @@ async def _http(sources: Sources, read: Read, sockets: Sequence[Any], level: str
     async def front() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(endpoint.legacy.run)
+            await nursery.start(endpoint.modern.run)
             nursery.start_soon(house.signals)
             nursery.start_soon(house.watch)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
@@ -111,6 +112,7 @@ class Exchange:
     changes: dict[str, str] | None = None
     on_end: Callable[[Call], None] | None = None
     on_stay: Callable[[], None] | None = None
+    on_park: Callable[[Exchange], None] | None = None
 
 
 class Interim:
@@ -128,14 +130,16 @@ class Ask:
     message       as the server sent it; the front gives it an id of its own (``message.with_id``)
     answer        takes the client's reply message; a second call and one after the end are ignored
     on_withdrawn  set by the front: called with the reason when the server takes the question back or is gone
+    call          the call it was put in, which waits for the answer, too; None outside one
     """
 
-    __slots__ = ("_answer", "message", "on_withdrawn")
+    __slots__ = ("_answer", "call", "message", "on_withdrawn")
 
     def __init__(self, message: Message, answer: Callable[[str], None]) -> None:
         self.message = message
         self._answer: Callable[[str], None] | None = answer
         self.on_withdrawn: Callable[[str], None] | None = None
+        self.call: Call | None = None
 
     @property
     def open(self) -> bool:
@@ -280,15 +284,37 @@ class Call:
         if self.exchange.on_stay is not None:
             self.exchange.on_stay()
 
+    def park(self) -> None:
+        """Nobody works on the call before its client comes back: others may have its slot, the server stays up."""
+        self.grant(math.inf)
+        exchange = self.exchange
+        if exchange.on_park is not None:
+            exchange.on_park(exchange)
+
+    def unpark(self, exchange: Exchange) -> None:
+        """The client is back, with another request for the same call."""
+        former = self.exchange
+        exchange.on_end, exchange.on_stay, exchange.on_park = former.on_end, former.on_stay, former.on_park
+        exchange.changes = former.changes
+        self.exchange = exchange
+        self.grant(exchange.deadline)
+
     def cancel(self, reason: str = "") -> None:
         """Give up: tell the server (unless it is done) and drop whatever still comes. Never waits."""
         if not self.done:
             self.link.cancel(self, reason)
             self.end()
 
+    @property
+    def buffered(self) -> bool:
+        """Whether there is an event that nobody has taken yet."""
+        return bool(self._box)
+
     # ---------------------------------------------------------------------------------------------------- link's side
     def deliver(self, event: Interim | Ask) -> None:
         """Hand over an interim event or a question."""
+        if isinstance(event, Ask):
+            event.call = self
         task = self._task
         if task is not None:
             self._task = None

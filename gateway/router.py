@@ -25,6 +25,7 @@ from gateway.hub import ALL, Hub, Subscription
 from gateway.protocol.eras import LOG_LEVELS, MODERN, NO_RESOURCE, Era
 from gateway.protocol.headers import HeaderParameter, parameters_of
 from gateway.protocol.message import INVALID_PARAMS, METHOD_NOT_FOUND, RESULT, build_request, decode_request, dumps
+from gateway.protocol.translate import to_legacy
 from gateway.supervisor import Supervisor, Unit
 
 __all__ = ["Router"]
@@ -63,6 +64,11 @@ class Router:
         self._info = info
         self._tables: dict[tuple[Any, ...], tuple[Merged, list[tuple[ServerSpec, Listing]]]] = {}
         self._local: dict[str, Callable[[Exchange], Reply]] = {"ping": lambda exchange: PONG}
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """The gateway's name and version, as clients and servers are told."""
+        return self._info
 
     @property
     def snapshot(self) -> Snapshot:
@@ -196,14 +202,14 @@ class Router:
             return Reply.error(INVALID_PARAMS, "uri is missing")
         if exchange.client.owner is None:
             return Reply.error(METHOD_NOT_FOUND, "resources/subscribe needs a session")
-        native = loads(exchange.changes["uri"]) if exchange.changes else uri
+        native = loads((exchange.changes or {}).get("uri", "null")) or uri
         return Reply(await unit.subscribe(native, exchange.client, exchange.deadline))
 
     async def _unsubscribe(self, exchange: Exchange, unit: Unit) -> Reply:
         uri = exchange.message.param("uri")
         if not isinstance(uri, str):
             return Reply.error(INVALID_PARAMS, "uri is missing")
-        native = loads(exchange.changes["uri"]) if exchange.changes else uri
+        native = loads((exchange.changes or {}).get("uri", "null")) or uri
         if unit.unsubscribed(native, exchange.client) and unit.link is not None:
             return Reply(await unit.link.unsubscribe(native, max(0.0, exchange.deadline - trio.current_time())))
         return EMPTY
@@ -251,6 +257,8 @@ class Router:
             merged = await self._list(method, exchange)
             reply = Reply.result(merged.text, merged.result)
             reply.cache = merged.cache
+            if exchange.client.era is Era.LEGACY:
+                reply.message = to_legacy(method, reply.message, exchange.client.version)
             return reply
         if method == "logging/setLevel":
             level = message.param("level")
@@ -269,7 +277,7 @@ class Router:
         route = await self._resolve(table, name, exchange)
         if route is not None:
             if route.name != name:
-                exchange.changes = {key: dumps(route.name)}
+                exchange.changes = {**(exchange.changes or {}), key: dumps(route.name)}
             if method in SPECIAL:
                 unit = self.supervisor.unit(route.spec, exchange.client, exchange.principal)
                 return await SPECIAL[method](self, exchange, unit)
@@ -457,8 +465,10 @@ class Router:
             unit = self.supervisor.unit(spec, exchange.client, exchange.principal, listing=spec.isolation == "call")
             try:
                 await unit.listing("tools/list", deadline)
-            except ServerProtocolError:
-                unit.tool_headers = {}
+            except GatewayError:
+                if unit.link is not None:
+                    unit.tool_headers = {}  # it runs, but can't say: not asked again before it says that they changed
+                raise
         except GatewayError as error:
             # The call itself will meet it, and say so in its own way.
             log.debug("tools could not be listed: %s", error)
@@ -485,7 +495,8 @@ def _by_template(uri: str, merged: Merged) -> Route | None:
         head, brace, rest = template.partition("{")
         tail = rest.rpartition("}")[2] if brace else ""
         if brace and uri.startswith(head) and uri.endswith(tail) and len(uri) >= len(head) + len(tail):
-            return route
+            # What stands before the server's own template tells clashing ones apart, here and in every URI made of it.
+            return Route(route.spec, uri[len(template) - len(route.name) :])
     return None
 
 

@@ -52,6 +52,8 @@ MAX_PAGES: Final = 100
 COALESCE: Final = 0.02
 """Seconds for which a server's list changes are gathered before the list is fetched again."""
 REFRESH_LIMIT: Final = 10.0
+PROBE_TIMEOUT: Final = 10.0
+"""Seconds that a server may be silent to the modern probe; official clients wait as long."""
 SUBSCRIBE_TIMEOUT: Final = 10.0
 MARGIN: Final = 1.0
 """Seconds by which a slot may come back after its call's deadline: links look at deadlines from time to time."""
@@ -275,6 +277,7 @@ class Unit:
         counters.last_activity = trio.current_time()
         exchange.on_end = self._end
         exchange.on_stay = self._stay
+        exchange.on_park = self._park
         link = self.link
         try:
             if link is None:
@@ -286,6 +289,10 @@ class Unit:
             raise
 
     def _end(self, call: Call) -> None:
+        self._count(call)
+        self.leave()
+
+    def _count(self, call: Call) -> None:
         if call.failed:
             self._counters.errors += 1
             link = self.link
@@ -293,7 +300,17 @@ class Unit:
                 self._harmed = True
         else:
             self.replies += 1
+
+    def _park(self, exchange: Exchange) -> None:
+        """Its slot is for others until it ends, but the server must not idle. A second time changes nothing."""
+        exchange.on_park = None
+        exchange.on_end = self._end_parked
+        self.hold()
         self.leave()
+
+    def _end_parked(self, call: Call) -> None:
+        self._count(call)
+        self.unhold()
 
     def _stay(self) -> None:
         """A call may outlast what its slot was taken for: no idle stop before it is over."""
@@ -508,6 +525,7 @@ class Unit:
             max_message_bytes=self.max_message_bytes,
             timeout=inf,
             eras=self._eras(),
+            probe_timeout=min(PROBE_TIMEOUT, self.start_timeout / 2),
         )
 
     def _eras(self) -> tuple[Era, ...]:

@@ -633,7 +633,7 @@ async def test_a_silent_legacy_server_costs_its_silence_once(house: House, autoj
     script = Script()
     script.discovered = lambda: {"method": "notifications/nothing"}  # type: ignore[method-assign]
     unit = house.unit(script)
-    for seconds in (15, 0):
+    for seconds in (10, 0):
         began = trio.current_time()
         await call(unit)
         assert trio.current_time() - began == pytest.approx(seconds, abs=1)
@@ -721,5 +721,27 @@ async def test_a_call_that_was_granted_more_time_is_not_stopped_by_the_idle_time
     assert not got.done
     assert unit.link is not None
     got.cancel()
+    await trio.sleep(61)
+    assert unit.link is None
+
+
+async def test_a_parked_call_gives_its_slot_to_others_and_keeps_the_server(
+    house: House, autojump_clock: MockClock
+) -> None:
+    unit = house.unit(Script(answer=mute), idle_timeout_seconds=60, max_connections_per_server=1)
+    ex = exchange(10)
+    await unit.enter(ex.deadline)
+    got = unit.begin(ex)
+    got.park()
+    assert unit.try_enter(trio.current_time() + 1)
+    unit.leave()
+    await trio.sleep(200)
+    assert not got.done
+    again = exchange(10)
+    got.unpark(again)
+    got.park()
+    got.unpark(exchange(10))
+    got.cancel()
+    assert (unit.active, unit.holds) == (0, 0)
     await trio.sleep(61)
     assert unit.link is None

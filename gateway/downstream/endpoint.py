@@ -28,12 +28,12 @@ from gateway.downstream.asgi import ASGIApplication, run_asgi
 from gateway.downstream.http1 import Refusal, error_body
 from gateway.downstream.http_sse import MESSAGES, SseFront
 from gateway.downstream.legacy import LegacyFront
+from gateway.downstream.modern import ModernFront
 from gateway.downstream.rpc import RpcFront
 from gateway.downstream.server import ClientGone, ConnectionLimits, Request
 from gateway.errors import AuthError, ClientProtocolError, Forbidden, GatewayError, Unauthenticated
-from gateway.protocol.eras import is_modern
+from gateway.protocol.eras import LEGACY_VERSIONS, MODERN_VERSIONS, is_modern
 from gateway.protocol.message import INVALID_REQUEST, Malformed, Message, build_error, decode_request, split_batch
-from gateway.protocol.session import NO_SESSION
 from gateway.router import Router
 from gateway.telemetry.logs import Throttle, redacted_headers
 
@@ -133,6 +133,7 @@ class Endpoint:
     def __init__(self, router: Router, load_admin: Callable[[], Awaitable[ASGIApplication]]) -> None:
         self.router = router
         self.legacy = LegacyFront(router)
+        self.modern = ModernFront(router)
         self.sse = SseFront(self.legacy)
         self.rpc = RpcFront(router)
         self.limits = _limits(router.snapshot.settings)
@@ -320,11 +321,18 @@ class Endpoint:
             await self._malformed(request, wrong)
             return
         if is_modern(message.meta):
-            # The modern front (2026-07-28) takes over here. Until it is built such a request is refused as a legacy
-            # server does it: by a 400 with none of the modern codes, upon which clients fall back to initialize
-            # (protocol.md section 3, "Probing an upstream").
-            await self._malformed(request, Malformed(NO_SESSION, INVALID_REQUEST, message.id_text or "null"))
+            await self.modern.post(request, principal, server_id, message)
             return
+        version = request.headers.get("mcp-protocol-version")
+        if version is not None and version not in LEGACY_VERSIONS and message.method != "initialize":
+            # Which era it is can only be told by the version (protocol.md section 3, "Classifying a client"). A session
+            # is legacy, whatever its client says.
+            if version in MODERN_VERSIONS:
+                await self.modern.post(request, principal, server_id, message)
+                return
+            if "mcp-session-id" not in request.headers:
+                await self.modern.unsupported(request, message, version)
+                return
         await self.legacy.post(request, principal, server_id, message)
 
     async def _odd_body(

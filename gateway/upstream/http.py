@@ -132,8 +132,8 @@ async def _open_legacy(
         if origin.plain is None or origin.plain[1]:
             raise
         raise StartFailed(f"{error.message}{NO_MERGED_VIEW}") from error  # 422, from an original gateway
-    except StartFailed as refusal:
-        if modern is not None and type(refusal) is StartFailed:
+    except StartFailed:
+        if modern is not None and link.perhaps_modern:
             await _ask(modern, link)
         raise
     except NoStreamableHttp as error:

@@ -559,8 +559,8 @@ class HttpLink:
         if not self._can_ask or len(self._asks) >= MAX_ASKS:
             decline(ask)
             return
+        sole = self.pending.sole_client_call({ask.call for ask, _ in self._asks.values()})
         self._asks[key] = (ask, id)
-        sole = self.pending.sole_client_call()
         if call is None and self.prefers_sole_call:
             call = sole
         # Python servers put a call's question on the session's stream when the tool does not name its request, so the
@@ -588,7 +588,7 @@ class HttpLink:
         else:
             if call is None and self._terms.isolated and method == "notifications/message":
                 # A client without a way of its own to be told (a modern one) gets it with its call, or not at all.
-                sole = self.pending.sole_client_call()
+                sole = self.pending.sole_client_call({ask.call for ask, _ in self._asks.values()})
                 if self.prefers_sole_call or (sole is not None and sole.exchange.client.owner is None):
                     call = sole
             if call is not None and call.exchange.client.key:

@@ -85,7 +85,9 @@ def context_meta(client: Client, info: Mapping[str, Any]) -> str:
         ]
         if client.log_level is not None:
             parts.append(f"{quote(LOG_LEVEL)}:{dumps(client.log_level)}")
-        context = client.context = ",".join(parts)
+        context = ",".join(parts)
+        if client.info:
+            client.context = context  # else it holds the name by which only this server knows us
     return context
 
 

@@ -83,12 +83,12 @@ from gateway.upstream.modern import (
     untagged,
 )
 
-__all__ = ["PROBE_LIMIT", "ModernHttpLink"]
+__all__ = ["ModernHttpLink"]
 
 log = logging.getLogger("gateway_core")
 
-PROBE_LIMIT: Final = 10.0
-"""Seconds that a server may be silent to ``server/discover`` before it is taken for a legacy one."""
+REPROBE_LIMIT: Final = 10.0
+"""Seconds for the answer of a server that is asked again what it speaks."""
 LATE: Final = 120.0
 """Seconds for which a late answer to the probe is of interest."""
 RELIST_LIMIT: Final = 10.0
@@ -154,7 +154,7 @@ class ModernHttpLink(HttpLink):
         self._relisting = trio.Lock()
         self._lists = 0
         self._doubted = False
-        self._probes: list[Call] = []
+        self._unanswered: list[Call] = []
         self._listening = trio.Lock()
         self._listener: Listener | None = None
         self._listeners: set[Listener] = set()
@@ -170,10 +170,9 @@ class ModernHttpLink(HttpLink):
         method, params = handshake.probe(terms.info)
         started = trio.current_time()
         call = self.call(internal_exchange(method, params, started + (terms.timeout if last else LATE)))
-        self._probes.append(call)
         event: object = None
         try:
-            with trio.move_on_at(inf if last else started + min(terms.timeout, terms.probe_timeout, PROBE_LIMIT)):
+            with trio.move_on_at(inf if last else started + min(terms.timeout, terms.probe_timeout)):
                 while type(event) is not Reply:
                     event = await call.next()
         except ServerProtocolError as error:
@@ -181,6 +180,7 @@ class ModernHttpLink(HttpLink):
                 raise StartFailed(f"{error.message}; it was asked for server/discover of {MODERN}") from error
             return False
         if type(event) is not Reply:
+            self._unanswered.append(call)
             return None
         facts = _facts_in(event.message)
         if facts is None:
@@ -195,7 +195,7 @@ class ModernHttpLink(HttpLink):
 
     async def answered_late(self) -> bool:
         """Whether the server, silent to the probe at first, has meanwhile said that it is modern."""
-        for call in self._probes:
+        for call in self._unanswered:
             if call.done and not call.failed:
                 event: object = None
                 while type(event) is not Reply:
@@ -222,7 +222,7 @@ class ModernHttpLink(HttpLink):
     async def _probe_again(self) -> None:
         modern = True
         try:
-            modern = _facts_in(await self.request(handshake.DISCOVER, timeout=PROBE_LIMIT)) is not None
+            modern = _facts_in(await self.request(handshake.DISCOVER, timeout=REPROBE_LIMIT)) is not None
         except CredentialsRefused:
             pass
         except (ServerProtocolError, StartFailed):
@@ -316,6 +316,8 @@ class ModernHttpLink(HttpLink):
                 self._keep(call)
                 self._nursery.start_soon(self._list_and_repeat, call, call.id, params, message)
                 return
+        elif message.kind is ERROR and message.result.get("code") == UNSUPPORTED_VERSION:
+            self._doubt()
         self._hand_over(call, message, translated=client.era is Era.LEGACY and client.key != "")
 
     def _hand_over(self, call: Call, message: Message, *, translated: bool) -> None:

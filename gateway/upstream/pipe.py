@@ -214,7 +214,8 @@ class PipeLink:
         if "\n" in text or "\r" in text:
             # Between the tokens of a checked message only: strings can't hold them.
             text = text.replace("\n", " ").replace("\r", " ")
-        data = text.encode() + b"\n"
+        # A lone surrogate is no UTF-8; escaped it is the same JSON.
+        data = text.encode("utf-8", "backslashreplace") + b"\n"
         size = len(data)
         if not self._outbox:
             if len(self.pending.calls) >= JOIN_FROM:
@@ -460,7 +461,7 @@ class PipeLink:
         if exchange.message.method == "tools/list":
             message = cleaned_tools(message)
         if self.era is Era.MODERN:
-            if exchange.client.era is Era.LEGACY:
+            if exchange.client.era is Era.LEGACY and exchange.client.key:
                 self._answered(call, message)
                 return
         elif call.rounds is not None or message.kind is ERROR:
@@ -550,12 +551,16 @@ class PipeLink:
         if not self._isolated or self.era is Era.MODERN or len(self._asks) >= 64:
             decline(ask)
             return
+        call = self._sole_call()
         self._asks[key] = ask
-        call = self.pending.sole_client_call()
         if call is not None:
             call.deliver(ask)
         elif not self._terms.on_ask(ask):
             decline(ask)
+
+    def _sole_call(self) -> Call | None:
+        """The call that what comes is part of, if that can be told."""
+        return self.pending.sole_client_call({ask.call for ask in self._asks.values()})
 
     def _notified(self, message: Message) -> None:
         method = message.method
@@ -573,7 +578,7 @@ class PipeLink:
                 listener.acknowledge(message.param("notifications"))
         else:
             if method == "notifications/message" and self._isolated:
-                call = self.pending.sole_client_call()
+                call = self._sole_call()
                 if call is not None:
                     call.deliver(Interim(message.text))
                     return

@@ -25,6 +25,7 @@ from gateway.protocol import handshake
 from gateway.protocol.eras import MODERN, UNSUPPORTED_VERSION, Era
 from gateway.protocol.message import (
     ERROR,
+    INVALID_PARAMS,
     RESULT,
     Malformed,
     Message,
@@ -74,6 +75,8 @@ class StreamableLink(HttpLink):
         self._version = ""
         self._offered = ""
         self._renewing = trio.Lock()
+        self.perhaps_modern = False
+        """Whether the server has refused ``initialize`` in a way in which a modern one would."""
         self._may_be_modern = Era.MODERN in self._terms.eras
         self._listening = trio.CancelScope()
         self._replay: dict[str, tuple[str, str]] = {}
@@ -98,6 +101,10 @@ class StreamableLink(HttpLink):
         method, params = handshake.opening(capabilities, self._terms.info, self._terms.version)
         self._offered = ""
         reply = await self.request(method, params, timeout=timeout)
+        # -32602: a modern server misses its ``_meta`` before it looks at the method.
+        self.perhaps_modern = handshake.wants_modern(reply) or (
+            reply.kind is ERROR and reply.result.get("code") == INVALID_PARAMS
+        )
         if reply.kind is ERROR and reply.result.get("code") == UNSUPPORTED_VERSION and not self._may_be_modern:
             said = str(reply.result.get("message", ""))[:200]
             raise StartFailed(f"handshake refused: {said}; the server speaks {MODERN}, which era: legacy rules out")

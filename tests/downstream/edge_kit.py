@@ -111,6 +111,7 @@ async def edge(*specs: ServerSpec, **settings: Any) -> AsyncIterator[House]:
         nursery.start_soon(server.sweep)
         await nursery.start(house.supervisor.run)
         await nursery.start(house.endpoint.legacy.run)
+        await nursery.start(house.endpoint.modern.run)
         nursery.start_soon(trio.serve_listeners, handler, [listener])
         yield house
         nursery.cancel_scope.cancel()

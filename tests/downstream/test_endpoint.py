@@ -363,20 +363,48 @@ async def test_H7_a_request_that_is_neither_names_both_ways() -> None:
     assert "server_id" in response.json["error"]["message"]
 
 
+META = "io.modelcontextprotocol/"
+MODERN_META = {META + "protocolVersion": "2026-07-28", META + "clientCapabilities": {}}
+
+
 @pytest.mark.parametrize("path", ["/mcp", "/servers/echo/mcp"])
-@pytest.mark.parametrize("method", ["server/discover", "tools/list", "tools/call"])
-@pytest.mark.parametrize("session", [None, "stale"])
-async def test_a_modern_request_is_refused_so_that_clients_fall_back(
-    path: str, method: str, session: str | None
+@pytest.mark.parametrize(
+    ("meta", "version", "session", "era"),
+    [
+        (MODERN_META, "2026-07-28", None, "modern"),
+        (MODERN_META, "2026-07-28", "stale", "modern"),  # an id that means nothing here
+        (MODERN_META, None, None, "mismatch"),
+        ({}, "2026-07-28", None, "incomplete"),
+        ({}, "2025-11-25", None, "legacy"),
+        ({}, None, None, "legacy"),
+        ({}, "1999-01-01", None, "unsupported"),
+        ({}, "1999-01-01", "stale", "no session"),
+    ],
+)
+async def test_a_request_is_of_the_era_that_its_body_or_else_its_header_says(
+    path: str, meta: Any, version: str | None, session: str | None, era: str
 ) -> None:
     script = Script()
-    meta = {"io.modelcontextprotocol/protocolVersion": "2026-07-28", "io.modelcontextprotocol/clientCapabilities": {}}
-    headers = {"mcp_protocol_version": "2026-07-28", "mcp_method": method, "mcp_session_id": session}
+    headers = {"mcp_protocol_version": version, "mcp_method": "tools/list", "mcp_session_id": session}
     async with edge(entry("echo", script)) as house:
-        response = await house.ask("POST", path, rpc(method, {"_meta": meta}, "probe"), **headers)
-    assert (response.status, response.json["id"], response.json["error"]["code"]) == (400, "probe", -32600)
-    assert "initialize" in response.json["error"]["message"]
+        response = await house.ask("POST", path, rpc("tools/list", {"_meta": meta}, "x"), **headers)
+    assert response.json["id"] == "x"
+    if era == "modern":
+        assert (response.status, response.json["result"]["resultType"]) == (200, "complete")
+        return
+    status, code = {
+        "mismatch": (400, -32020),
+        "incomplete": (400, -32602),
+        "legacy": (400, -32600),
+        "unsupported": (400, -32022),
+        "no session": (404, -32001),
+    }[era]
+    assert (response.status, response.json["error"]["code"]) == (status, code)
     assert script.starts == 0
+    if era == "unsupported":
+        data = response.json["error"]["data"]
+        assert data["requested"] == "1999-01-01"
+        assert data["supported"] == ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25", "2026-07-28"]
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain"])
