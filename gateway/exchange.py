@@ -130,16 +130,14 @@ class Ask:
     message       as the server sent it; the front gives it an id of its own (``message.with_id``)
     answer        takes the client's reply message; a second call and one after the end are ignored
     on_withdrawn  set by the front: called with the reason when the server takes the question back or is gone
-    call          the call it was put in, which waits for the answer, too; None outside one
     """
 
-    __slots__ = ("_answer", "call", "message", "on_withdrawn")
+    __slots__ = ("_answer", "message", "on_withdrawn")
 
     def __init__(self, message: Message, answer: Callable[[str], None]) -> None:
         self.message = message
         self._answer: Callable[[str], None] | None = answer
         self.on_withdrawn: Callable[[str], None] | None = None
-        self.call: Call | None = None
 
     @property
     def open(self) -> bool:
@@ -227,8 +225,10 @@ class Call:
 
     The consumer calls ``next()`` until it gets a Reply or an error, or gives up with ``cancel()``. However it ends,
     ``exchange.on_end`` is called exactly once, as soon as the server is done with it (not when the consumer is).
-    ``rounds`` is the link's own. ``on_reply``, set by a consumer that waits in ``next``, gets the reply in the link's
+    ``parked`` says that its client has been sent away to come back with an answer, ``rounds`` is the link's own.
+    ``on_reply``, set by a consumer that waits in ``next``, gets the reply in the link's
     task, before the consumer is woken: it must neither wait nor raise, and saves the client one turn of the loop.
+    ``on_event``, set by a consumer that waits elsewhere, is told there that ``next`` has something to give.
     """
 
     __slots__ = (
@@ -241,7 +241,9 @@ class Call:
         "failed",
         "id",
         "link",
+        "on_event",
         "on_reply",
+        "parked",
         "rounds",
         "started",
     )
@@ -254,7 +256,9 @@ class Call:
         self.deadline = exchange.deadline
         self.done = False
         self.failed = False
+        self.on_event: Callable[[], object] | None = None
         self.on_reply: Callable[[Reply], object] | None = None
+        self.parked = False
         self.rounds: Any = None
         self._box: deque[Interim | Ask | Reply | GatewayError] | None = None
         self._task: trio.lowlevel.Task | None = None
@@ -286,6 +290,7 @@ class Call:
 
     def park(self) -> None:
         """Nobody works on the call before its client comes back: others may have its slot, the server stays up."""
+        self.parked = True
         self.grant(math.inf)
         exchange = self.exchange
         if exchange.on_park is not None:
@@ -296,6 +301,7 @@ class Call:
         former = self.exchange
         exchange.on_end, exchange.on_stay, exchange.on_park = former.on_end, former.on_stay, former.on_park
         exchange.changes = former.changes
+        self.parked = False
         self.exchange = exchange
         self.grant(exchange.deadline)
 
@@ -313,17 +319,13 @@ class Call:
     # ---------------------------------------------------------------------------------------------------- link's side
     def deliver(self, event: Interim | Ask) -> None:
         """Hand over an interim event or a question."""
-        if isinstance(event, Ask):
-            event.call = self
         task = self._task
         if task is not None:
             self._task = None
             trio.lowlevel.reschedule(task, outcome.Value(event))
             return
-        if self._box is None:
-            self._box = deque()
-        if len(self._box) < MAX_BOX or isinstance(event, Ask):
-            self._box.append(event)
+        if self._box is None or len(self._box) < MAX_BOX or isinstance(event, Ask):
+            self._put(event)
 
     def finish(self, reply: Reply) -> None:
         """Hand over the reply; the call is done. Later ones are ignored."""
@@ -337,9 +339,7 @@ class Call:
                 self.on_reply(reply)
             trio.lowlevel.reschedule(task, outcome.Value(reply))
             return
-        if self._box is None:
-            self._box = deque()
-        self._box.append(reply)
+        self._put(reply)
 
     def fail(self, error: GatewayError) -> None:
         """End the call with an error; ``next`` raises it."""
@@ -352,9 +352,14 @@ class Call:
             self._task = None
             trio.lowlevel.reschedule(task, outcome.Error(error))
             return
+        self._put(error)
+
+    def _put(self, event: Interim | Ask | Reply | GatewayError) -> None:
         if self._box is None:
             self._box = deque()
-        self._box.append(error)
+        self._box.append(event)
+        if self.on_event is not None:
+            self.on_event()
 
     def tell_slow(self) -> None:
         """Wake the consumer once with SLOW, if it is waiting."""

@@ -1,8 +1,8 @@
 """Being a modern MCP server (2026-07-28): stateless requests, ``server/discover``, ``input_required``, subscriptions.
 
-A request carries its own context in ``_meta``. ``client_of`` reads it, ``answer`` carries the request out, ``listen`` a
-subscription; none of them knows what carries the messages. ``post`` is HTTP: headers that mirror the body, one JSON
-reply or an event stream, and a client that goes away has cancelled.
+A request carries its own context in ``_meta``. ``client_of`` reads it, ``carry_out`` does what is asked, and neither
+knows what carries the messages. ``post`` is HTTP: headers that mirror the body, one JSON reply or an event stream, and
+a client that goes away has cancelled.
 
 The usual call is answered from the task of its server's link and costs no task, scope or timer here. A question from a
 legacy server parks its call (``parking``); a modern server's ``input_required`` passes, its state sealed.
@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import attrs
 import trio
 
 from gateway.auth.principal import Principal
+from gateway.downstream.listening import LISTEN, Listening
 from gateway.downstream.parking import Binding, Parked, ParkingLot, start_again
 from gateway.downstream.server import ClientGone, Request
 from gateway.downstream.streams import COALESCE, COMMENT_AFTER, EARLY, STREAM_HEADERS, Feed, PostOutlet
@@ -39,7 +38,6 @@ from gateway.protocol.eras import (
     MODERN_VERSIONS,
     PROTOCOL_VERSION,
     REMOVED,
-    SUBSCRIPTION_ID,
     UNSUPPORTED_VERSION,
     URL_ELICITATION,
     Era,
@@ -56,29 +54,27 @@ from gateway.protocol.message import (
     RESULT,
     Message,
     build_error,
-    build_notification,
     decode_reply,
     dumps,
     quote,
 )
-from gateway.protocol.session import BOTH, accepts, announce, failure
+from gateway.protocol.session import BOTH, accepts, failure
 from gateway.protocol.sse import KEEP_ALIVE, encode
 from gateway.protocol.translate import capability_needed, declares, question_to_modern, to_modern
 
 if TYPE_CHECKING:
     from gateway.router import Router
 
-__all__ = ["LISTEN", "Listening", "ModernFront", "Outlet", "Unsupported"]
+__all__ = ["ModernFront", "Outlet", "Unsupported"]
 
 log = logging.getLogger("gateway_http")
 
-LISTEN: Final = "subscriptions/listen"
+TICK: Final = 1.0
+"""Seconds between two looks at what waits."""
 GATHER: Final = 0.03
 """Seconds for which a server's further questions are waited for once it has asked one."""
 MAX_CONTEXTS: Final = 1024
 """Contexts of requests that are remembered; the oldest goes first."""
-MAX_URIS: Final = 1000
-"""Resources that one subscription may name."""
 NOT_ACCEPTABLE: Final = "Not Acceptable: the client must accept both application/json and text/event-stream"
 GONE: Final = "the client has gone"
 
@@ -98,7 +94,10 @@ def unsupported_version(requested: object, supported: tuple[str, ...] = MODERN_V
 
 
 class Outlet(Protocol):
-    """Where what comes before a reply goes. ``comment_at`` is the trio time at which ``comment`` is due."""
+    """Where what comes before a reply goes. ``comment_at`` is the trio time at which ``comment`` is due.
+
+    ``comment_now`` is ``comment`` from a task that is not the request's.
+    """
 
     @property
     def comment_at(self) -> float: ...
@@ -106,6 +105,8 @@ class Outlet(Protocol):
     async def send(self, text: str) -> None: ...
 
     async def comment(self) -> None: ...
+
+    async def comment_now(self) -> None: ...
 
 
 _STATUS: Final = {
@@ -127,19 +128,27 @@ class ModernFront:
         self.router = router
         self.parking = ParkingLot(lambda: router.snapshot.settings)
         self.info = dumps(dict(info if info is not None else router.info))
-        self.on_fault: Callable[[GatewayError], None] | None = None
-        """Told of each fault behind a reply of ``answer``."""
         self._contexts: dict[str, Client] = {}
+        self._waiting: dict[Exchange, Outlet] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Give up calls that nobody comes back for, until cancelled."""
-        task_status.started()
+        """Give up calls that nobody comes back for, and signs of life for those that wait, until cancelled."""
         try:
-            while True:
-                await trio.sleep(1)
-                self.parking.sweep(trio.current_time())
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    await trio.sleep(TICK)
+                    now = trio.current_time()
+                    self.parking.sweep(now)
+                    for exchange, outlet in self._waiting.items():
+                        if outlet.comment_at <= now:
+                            nursery.start_soon(self._comment, exchange, outlet)
         finally:
             self.parking.clear()
+
+    async def _comment(self, exchange: Exchange, outlet: Outlet) -> None:
+        if exchange in self._waiting:
+            await outlet.comment_now()
 
     # ------------------------------------------------------------------------------------------------------- its client
     def client_of(self, principal: Principal, message: Message) -> Client:
@@ -273,7 +282,7 @@ class ModernFront:
     async def _post_listen(
         self, request: Request, client: Client, principal: Principal, server_id: str | None, message: Message
     ) -> None:
-        listening = self.listening(client, principal, server_id, message, request.wake)
+        listening = Listening(self.router, client, principal, server_id, message, request.wake)
         try:
             await request.start_stream(200, STREAM_HEADERS)
             await listening.open()
@@ -297,46 +306,14 @@ class ModernFront:
             listening.close()
 
     # ------------------------------------------------------------------------------------------------ transport-neutral
-    async def answer(
+    async def carry_out(
         self, client: Client, principal: Principal, server_id: str | None, message: Message, outlet: Outlet
-    ) -> str:
-        """The whole reply to a request; what comes before it goes to ``outlet``. Never raises GatewayError.
+    ) -> tuple[int, str]:
+        """HTTP status and whole reply to a request; what comes before it goes to ``outlet``. Raises GatewayError.
 
         Cancelled, it cancels the call at its server.
         """
-        try:
-            exchange = self._exchange(client, principal, server_id, message)
-            return (await self._attend(exchange, None, None, outlet))[1]
-        except GatewayError as error:
-            if self.on_fault is not None:
-                self.on_fault(error)
-            return self.refusal(error, message.method, message.id_text)[1]
-
-    async def listen(
-        self, client: Client, principal: Principal, server_id: str | None, message: Message, outlet: Outlet
-    ) -> None:
-        """Carry a subscription until cancelled: its messages go to ``outlet``.
-
-        Raises ClientProtocolError and UnknownTarget before the first of them.
-        """
-        changed = trio.Event()
-
-        def wake() -> None:
-            changed.set()
-
-        listening = self.listening(client, principal, server_id, message, wake)
-        try:
-            await listening.open()
-            await outlet.send(listening.acknowledgement())
-            while True:
-                if not listening.dirty:
-                    changed = trio.Event()
-                    await changed.wait()
-                    await trio.sleep(COALESCE)
-                for text in listening.take():
-                    await outlet.send(text)
-        finally:
-            listening.close()
+        return await self._attend(self._exchange(client, principal, server_id, message), None, None, outlet)
 
     def _exchange(self, client: Client, principal: Principal, server_id: str | None, message: Message) -> Exchange:
         router = self.router
@@ -412,7 +389,7 @@ class ModernFront:
                 if type(event) is Interim:
                     await self._interim(exchange, event, outlet, resumed)
                 event = None
-        except (GatewayError, trio.Cancelled):
+        except BaseException:
             if call is not None:
                 call.cancel(GONE)
             raise
@@ -434,21 +411,14 @@ class ModernFront:
                 return found
             exchange.changes = {"requestState": quote(str(found))}
         got = self.router.dispatch_now(exchange)
-        while got is None:
-            # It waits for a start, a slot or a list; signs of life meanwhile, which begin the event stream.
-            done: list[Reply | Call] = []
-            failed: GatewayError | None = None
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_keep_alive, outlet)
-                try:
-                    done.append(await self.router.dispatch(exchange))
-                except GatewayError as error:
-                    failed = error
-                nursery.cancel_scope.cancel()
-            if failed is not None:
-                raise failed
-            got = done[0]
-        return got
+        if got is not None:
+            return got
+        # It waits for a start, a slot or a list; ``run`` gives signs of life meanwhile, which begin the event stream.
+        self._waiting[exchange] = outlet
+        try:
+            return await self.router.dispatch(exchange)
+        finally:
+            del self._waiting[exchange]
 
     async def _discover(self, exchange: Exchange) -> Reply:
         facts = dict(await self.router.discover(exchange.client, exchange.principal, exchange.server_id))
@@ -576,135 +546,6 @@ class ModernFront:
             return build_error(exchange.message.id_text, -32603, str(error.get("message", ""))[:500])
         return self._input_required(exchange, {"inputRequests": requests})
 
-    # ---------------------------------------------------------------------------------------------------- subscriptions
-    def listening(
-        self,
-        client: Client,
-        principal: Principal,
-        server_id: str | None,
-        message: Message,
-        wake: Callable[[], None],
-    ) -> Listening:
-        """A subscription for a ``subscriptions/listen`` request. Raises ClientProtocolError, UnknownTarget."""
-        if server_id is not None:
-            self.router.check_server(principal, server_id)
-        wanted = message.param("notifications")
-        if type(wanted) is not dict:
-            raise ClientProtocolError("params.notifications must be an object", code=INVALID_PARAMS)
-        uris = wanted.get("resourceSubscriptions") or []
-        if type(uris) is not list or len(uris) > MAX_URIS or not all(type(uri) is str for uri in uris):
-            raise ClientProtocolError(
-                f"resourceSubscriptions must be a list of at most {MAX_URIS} URIs", code=INVALID_PARAMS
-            )
-        return Listening(self.router, client, principal, server_id, message, wanted, uris, wake, self.info)
-
-
-class Listening:
-    """One open subscription. Implements ``exchange.Owner`` for the resources that it watches.
-
-    ``wake`` is called when there is something to ``take``; it must not block. ``close`` it in the end.
-    """
-
-    def __init__(
-        self,
-        router: Router,
-        client: Client,
-        principal: Principal,
-        server_id: str | None,
-        message: Message,
-        wanted: Mapping[str, Any],
-        uris: list[str],
-        wake: Callable[[], None],
-        info: str,
-    ) -> None:
-        self._router = router
-        self._principal = principal
-        self._server_id = server_id
-        self._id_text = message.id_text
-        self._topics = {
-            topic for topic in ("tools", "prompts", "resources") if wanted.get(f"{topic}ListChanged") is True
-        }
-        self._uris = uris
-        self._honoured: list[str] = []
-        self._wake = wake
-        self._info = info
-        self._client = attrs.evolve(client, owner=self, context=None)
-        self._marks: dict[str, None] = {}
-        self._subscription = router.subscribe(server_id, wake, principal, client)
-
-    async def open(self) -> None:
-        """Have the servers of the resources told. Waits for their start, at most as long as a request may take."""
-        if self._uris:
-            router = self._router
-            deadline = trio.current_time() + min(30.0, router.timeout_of(self._server_id, router.snapshot))
-            self._honoured = await router.listen(self._client, self._principal, self._server_id, self._uris, deadline)
-
-    def acknowledgement(self) -> str:
-        """The first message: what of the filter is honoured."""
-        honoured: dict[str, Any] = {f"{topic}ListChanged": True for topic in sorted(self._topics)}
-        if self._uris:
-            honoured["resourceSubscriptions"] = self._honoured
-        return self._tagged("notifications/subscriptions/acknowledged", {"notifications": honoured})
-
-    @property
-    def dirty(self) -> bool:
-        """Whether there is something to take."""
-        for _, topic in self._subscription.take():
-            if topic in self._topics:
-                self._marks[topic] = None
-        return bool(self._marks)
-
-    def take(self) -> list[str]:
-        """The messages for what has changed since."""
-        _ = self.dirty
-        marks, self._marks = self._marks, {}
-        texts = []
-        for topic in marks:
-            found = announce(topic)
-            if found is not None:
-                texts.append(self._tagged(found[0], json.loads(found[1]) if found[1] else {}))
-        return texts
-
-    def ended(self) -> list[str]:
-        """The last messages, when it is the gateway that ends it: the result, and a notification that must come.
-
-        In this order: the official clients take the first for the reason, and only the result for an orderly end.
-        """
-        cancelled = build_notification(
-            "notifications/cancelled", f'{{"requestId":{self._id_text},"_meta":{self._meta}}}'
-        )
-        meta = f'{self._meta[:-1]},"io.modelcontextprotocol/serverInfo":{self._info}}}'
-        result = f'{{"resultType":"complete","_meta":{meta}}}'
-        return [f'{{"jsonrpc":"2.0","id":{self._id_text},"result":{result}}}', cancelled]
-
-    def close(self) -> None:
-        """Nothing more is wanted. Idempotent."""
-        self._subscription.close()
-        self._router.close(self._client)
-
-    @property
-    def _meta(self) -> str:
-        return f"{{{quote(SUBSCRIPTION_ID)}:{self._id_text}}}"
-
-    def _tagged(self, method: str, params: Mapping[str, Any]) -> str:
-        text = dumps(dict(params))
-        tail = f'"_meta":{self._meta}}}'
-        return build_notification(method, f"{text[:-1]},{tail}" if params else f"{{{tail}")
-
-    # exchange.Owner
-    def ask(self, ask: Ask) -> bool:
-        """See ``exchange.Owner``: nobody is asked on a subscription."""
-        return False
-
-    def notify(self, text: str) -> None:
-        """See ``exchange.Owner``: nothing but changes travels on a subscription."""
-
-    def mark(self, topic: str) -> None:
-        """See ``exchange.Owner``."""
-        if topic.startswith("resource:") and topic.removeprefix("resource:") in self._uris:
-            self._marks[topic] = None
-            self._wake()
-
 
 def _read_context(meta: Mapping[str, Any]) -> Client:
     """The client that a ``_meta`` describes. Raises ClientProtocolError (-32602); any version is taken."""
@@ -742,10 +583,3 @@ def _with_uri(reply: Reply, uri: Any) -> Reply:
 async def _cancel_when_gone(request: Request, scope: trio.CancelScope) -> None:
     await request.wait_disconnected()
     scope.cancel()
-
-
-async def _keep_alive(outlet: Outlet) -> None:
-    while True:
-        await trio.sleep_until(outlet.comment_at)
-        with suppress(ClientGone):
-            await outlet.comment()

@@ -1,26 +1,24 @@
 """Being an MCP server on stdin and stdout, for desktop clients: a message a line, full duplex (compat S1 to S10).
 
-A client on a pipe is a legacy session that is carried by lines instead of event streams, so everything about sessions
-is in ``sessions`` and ``legacy``; here is what lines need: reading without ever waiting for an answer, writing whole
-lines only, and what the original's desktop proxy answers when a server is unknown or can't be reached.
+The client's first request says which era it speaks, and the pipe then stays in that one. A legacy client is a session
+that is carried by lines instead of event streams, so everything about sessions is in ``sessions`` and ``legacy``; a
+modern one is ``stdio_modern``'s. Here is what both need: reading without ever waiting for an answer, an orderly end,
+and what the original's desktop proxy answers when a server is unknown or can't be reached.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import select
-import stat
-from collections import deque
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
 from gateway.auth.principal import ANONYMOUS
 from gateway.downstream.legacy import LegacyFront
+from gateway.downstream.lines import LineOutlet, Lines
 from gateway.downstream.sessions import Session
-from gateway.downstream.streams import COMMENT_AFTER, Feed
+from gateway.downstream.streams import Feed
 from gateway.errors import (
     AuthError,
     CredentialsRefused,
@@ -33,8 +31,9 @@ from gateway.errors import (
     UpstreamError,
 )
 from gateway.exchange import decline
-from gateway.protocol.eras import LATEST_LEGACY, is_modern
+from gateway.protocol.eras import LATEST_LEGACY, Era, is_modern
 from gateway.protocol.framing import LineDecoder, Oversize
+from gateway.protocol.handshake import DISCOVER
 from gateway.protocol.message import (
     INTERNAL_ERROR,
     INVALID_REQUEST,
@@ -50,153 +49,23 @@ from gateway.protocol.message import (
 from gateway.protocol.session import BATCH_VERSION, State, failure, hello, welcome
 from gateway.router import Router
 
+if TYPE_CHECKING:
+    from gateway.downstream.stdio_modern import ModernLines, ModernRequest
+
 __all__ = ["Lines", "StdioFront"]
 
 log = logging.getLogger("gateway_http")
 
-READ_SIZE: Final = 65536
-MAX_QUEUED: Final = 8 * 1024 * 1024
-"""Bytes that may wait for a client that does not read before no more of its requests are taken."""
 MAX_CALLS: Final = 1000
 COALESCE: Final = 0.05
 """Seconds in which list changes are joined to one notification."""
-APART: Final = 0.005
-"""Seconds between a call's last progress and its reply: TypeScript clients drop progress that they read together with
-the reply, and a reader that has just been woken by the one line needs a moment to come back for the other."""
 DRAIN_TICK: Final = 0.2
 """Seconds between two looks, after the end of the input, at whether the client still reads."""
+LISTEN: Final = "subscriptions/listen"
+KEY_HINT: Final = "(MCP_GATEWAY_API_KEY is the key that is sent)"
 UNKNOWN: Final = -32001
 UNREACHABLE: Final = -32002
 DENIED: Final = -32003
-
-
-class Lines:
-    """Two file descriptors as lines in and lines out, never half a line out.
-
-    Pipes and sockets are read and written without blocking; their mode is put back by ``close``, since it belongs to
-    whoever shares the descriptor. A terminal keeps its mode, which it shares with the shell and with our stderr: what
-    can be read or written is waited for, and then does not block. Regular files and the like are always ready.
-
-    ``broken`` is set when the client has closed our output.
-    """
-
-    def __init__(self, input: int = 0, output: int = 1) -> None:
-        self._input = input
-        self._output = output
-        self._pollable = {fd for fd in (input, output) if _pollable(fd)}
-        self._blocking = {fd: os.get_blocking(fd) for fd in self._pollable if not os.isatty(fd)}
-        for fd in self._blocking:
-            os.set_blocking(fd, False)
-        self._step = WHOLE if output in self._blocking or output not in self._pollable else TERMINAL_STEP
-        self._queue: deque[memoryview] = deque()
-        self._queued = 0
-        self._more = trio.Event()
-        self._empty = trio.Event()
-        self._empty.set()
-        self.broken = trio.Event()
-
-    def close(self) -> None:
-        """Put the descriptors' modes back; they stay open."""
-        for fd, blocking in self._blocking.items():
-            os.set_blocking(fd, blocking)
-
-    async def receive(self) -> bytes:
-        """The next bytes, b"" at the end. Cancellation loses nothing."""
-        while True:
-            if self._input in self._pollable:
-                await trio.lowlevel.wait_readable(self._input)
-            else:
-                await trio.lowlevel.checkpoint()
-            try:
-                return os.read(self._input, READ_SIZE)
-            except BlockingIOError:
-                continue
-            except OSError:
-                return b""
-
-    def send(self, text: str) -> None:
-        """Write a message as one line, now or when there is room. Never waits, never raises."""
-        if self.broken.is_set():
-            return
-        if "\n" in text or "\r" in text:
-            text = text.replace("\n", " ").replace("\r", " ")
-        data = memoryview(text.encode("utf-8", "surrogatepass") + b"\n")
-        if not self._queue:
-            data = data[self._write(data) :]
-            if not data or self.broken.is_set():
-                return
-        self._queue.append(data)
-        self._queued += len(data)
-        self._empty = trio.Event() if self._empty.is_set() else self._empty
-        self._more.set()
-
-    def _write(self, data: memoryview) -> int:
-        try:
-            return os.write(self._output, data[: self._step])
-        except BlockingIOError:
-            return 0
-        except OSError:
-            # The client has closed our output, or the disk is full. There is nobody to tell.
-            self.broken.set()
-            self._queue.clear()
-            self._queued = 0
-            self._empty.set()
-            return 0
-
-    async def write_queued(self) -> None:
-        """Write what did not fit at once. Runs until cancelled."""
-        while True:
-            self._more = trio.Event()
-            while self._queue and not self.broken.is_set():
-                if self._output in self._pollable:
-                    await trio.lowlevel.wait_writable(self._output)
-                else:
-                    await trio.lowlevel.checkpoint()
-                count = self._write(self._queue[0])
-                if self.broken.is_set():
-                    break
-                self._queued -= count
-                self._queue[0] = self._queue[0][count:]
-                if not self._queue[0]:
-                    self._queue.popleft()
-            self._empty.set()
-            await self._more.wait()
-
-    @property
-    def full(self) -> bool:
-        """Whether too much is queued for a client that does not read."""
-        return self._queued > MAX_QUEUED
-
-    async def room(self) -> None:
-        """Wait while too much is queued for a client that does not read."""
-        if self.full:
-            await self._empty.wait()
-
-    def deserted(self) -> bool:
-        """Whether nobody can ever read what would be written: the client has ended or closed our output."""
-        if self._output in self._blocking:
-            poll = select.poll()
-            poll.register(self._output, 0)
-            if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)):
-                self.broken.set()
-        return self.broken.is_set()
-
-    async def flush(self) -> None:
-        """Wait until everything is written, or can't be any more."""
-        await self._empty.wait()
-
-
-def _pollable(fd: int) -> bool:
-    try:
-        mode = os.fstat(fd).st_mode
-    except OSError:
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or (stat.S_ISCHR(mode) and os.isatty(fd))
-
-
-WHOLE: Final = 1 << 30
-TERMINAL_STEP: Final = 1024
-"""Bytes written to a terminal at once: what it has room for whenever it says that it can be written to."""
 
 
 class LineFeed:
@@ -227,52 +96,12 @@ class LineFeed:
         """Nothing to do: the process ends."""
 
 
-class LineOutlet:
-    """An ``Outlet`` of a call onto the lines."""
-
-    __slots__ = ("feed", "lines", "scope", "sent_at")
-
-    def __init__(self, lines: Lines, feed: Feed) -> None:
-        self.lines = lines
-        self.sent_at = float("-inf")
-        self.feed: Feed | None = feed
-        self.scope: trio.CancelScope | None = None
-
-    @property
-    def comment_at(self) -> float:
-        """Lines need no comments."""
-        return trio.current_time() + COMMENT_AFTER
-
-    async def send(self, text: str, instead: str = "") -> None:
-        """Write one message; wait if the client does not read, and the call's own bounded box drops progress."""
-        self.lines.send(text)
-        self.sent_at = trio.current_time()
-        await self.lines.room()
-
-    async def stand_apart(self) -> None:
-        """Let the client read what was sent before it gets the reply (protocol.md section 4.1, progress)."""
-        left = self.sent_at + APART - trio.current_time()
-        if left > 0:
-            await trio.sleep(left)
-
-    def say(self, text: str) -> None:
-        """Write one message."""
-        self.lines.send(text)
-
-    async def comment(self) -> None:
-        """Nothing to do."""
-
-    async def comment_now(self) -> None:
-        """Nothing to do."""
-
-    async def end(self) -> None:
-        """The lines outlive every call."""
-
-
 class StdioFront:
     """One client on a pipe. ``server_id`` None serves the merged view.
 
-    ``remote`` says that the server is another gateway, whose refusals have codes of their own (compat S8).
+    ``era`` is the client's, None until a request has shown it. ``server/discover`` shows nothing: who has tried it may
+    still begin with initialize (protocol.md section 3, "Classifying a client"). ``remote`` says that the server is
+    another gateway, whose refusals have codes of their own (compat S8).
     """
 
     def __init__(
@@ -283,6 +112,8 @@ class StdioFront:
         self.lines = lines
         self.legacy = LegacyFront(router)
         self.remote = remote
+        self.era: Era | None = None
+        self._modern_lines: ModernLines | None = None
         self._max = max_message_bytes
         self._feed = LineFeed(lines)
         self._announcing = False
@@ -346,6 +177,8 @@ class StdioFront:
 
     async def _drain(self, session: Session) -> None:
         self._drains = not self._reading.cancelled_caught
+        if self._modern_lines is not None:
+            self._modern_lines.end_subscriptions()
         while not self._idle.is_set() and not self._status and not self.lines.deserted():
             for id, question in list(session.asks.items()):
                 # Nobody is read any more who could answer it.
@@ -419,13 +252,47 @@ class StdioFront:
         self._take(session, nursery, message)
 
     def _take(self, session: Session, nursery: trio.Nursery, message: Message) -> None:
-        if (message.kind is REQUEST and is_modern(message.meta)) or message.method == "server/discover":
-            # A client that tries the newest revision first falls back to initialize when a method is not found. Modern
-            # requests will be taken from here.
-            if message.kind is REQUEST:
-                text = f"Method not found: {message.method}; begin with initialize"
-                self.lines.send(build_error(message.id_text, METHOD_NOT_FOUND, text, SOURCE))
+        asked = message.kind is REQUEST
+        modern = asked and message.method != "initialize" and is_modern(message.meta)
+        if self.era is Era.MODERN or (self.era is None and (modern or (asked and message.method == DISCOVER))):
+            self._take_modern(nursery, message)
+        elif modern:
+            # As the SDKs' servers have it; another era on the same pipe needs another process.
+            text = "This connection was begun with a legacy revision, so requests of 2026-07-28 are not taken on it"
+            self.lines.send(build_error(message.id_text, INVALID_REQUEST, text, SOURCE))
+        elif asked and message.method == DISCOVER:
+            text = f"Method not found: {DISCOVER}"
+            self.lines.send(build_error(message.id_text, METHOD_NOT_FOUND, text, SOURCE))
+        else:
+            self._take_legacy(session, nursery, message)
+
+    def _take_modern(self, nursery: trio.Nursery, message: Message) -> None:
+        lines = self._modern_lines
+        if lines is None:
+            # Not for legacy clients' memory and start.
+            from gateway.downstream.stdio_modern import ModernLines
+
+            lines = self._modern_lines = ModernLines(self.router, self.server_id, self.lines)
+            nursery.start_soon(lines.run)
+        if message.kind is not REQUEST:
+            lines.note(message)
             return
+        try:
+            if self._calls >= MAX_CALLS:
+                raise Overloaded(f"{MAX_CALLS} requests are in flight")
+            request = lines.admit(message, begun=self.era is not None)
+        except GatewayError as error:
+            self.lines.send(lines.refusal(error, message))
+            return
+        if message.method != DISCOVER:
+            self.era = Era.MODERN
+        self._begun = True
+        self._enter()
+        nursery.start_soon(self._serve_modern, lines, request)
+
+    def _take_legacy(self, session: Session, nursery: trio.Nursery, message: Message) -> None:
+        if message.kind is REQUEST and message.method != "ping":
+            self.era = Era.LEGACY
         if message.method == "initialize" or message.kind is not REQUEST or message.method == "ping":
             if session.state is State.NEW and message.method != "initialize" and message.kind is not REQUEST:
                 return
@@ -475,6 +342,21 @@ class StdioFront:
         finally:
             self._taken_back.discard(message.id)
             self._leave()
+
+    async def _serve_modern(self, lines: ModernLines, request: ModernRequest) -> None:
+        message = request.message
+        try:
+            text = await lines.serve(request)
+            self._met = self._met or message.method not in (DISCOVER, LISTEN)
+        except GatewayError as error:
+            text = self._modern_fault(lines, error, message)
+        except Exception:
+            log.exception("unexpected failure while answering %s", message.method)
+            text = build_error(message.id_text, INTERNAL_ERROR, "Internal error", SOURCE)
+        finally:
+            self._leave()
+        if text and not request.withdrawn:
+            self.lines.send(text)
 
     async def _answer(self, session: Session, message: Message, unasked: bool = False) -> str:
         """The reply to one request, "" for none. Contains every failure: one request can't end the others."""
@@ -533,19 +415,32 @@ class StdioFront:
     def _remote_fault(self, error: UpstreamError, message: Message, data: dict[str, Any]) -> str:
         """S8: what the gateway behind us refuses, or that it is not there."""
         if isinstance(error, CredentialsRefused):
-            text = f"{error.message} (MCP_GATEWAY_API_KEY is the key that is sent)"
-            return build_error(message.id_text, DENIED, text, data)
+            return build_error(message.id_text, DENIED, f"{error.message} {KEY_HINT}", data)
         if isinstance(error, NoSuchServer):
-            if self._met:
-                return build_error(message.id_text, UNKNOWN, f"Server '{self.server_id}' not found", data)
-            if not self._status:
-                self._status = 1
-                self.refuse_server()
-                self._reading.cancel()
-            return ""
+            if self._unknown_remote():
+                return ""
+            return build_error(message.id_text, UNKNOWN, f"Server '{self.server_id}' not found", data)
         if isinstance(error, ServerProtocolError):
             return build_error(message.id_text, error.code, f"Server error: {error.message}", data)
         return build_error(message.id_text, UNREACHABLE, f"Failed to connect to server: {error.message}", data)
+
+    def _unknown_remote(self) -> bool:
+        """Whether the gateway behind us has never known the server, which ends this one as S3 has it."""
+        if self._met:
+            return False
+        if not self._status:
+            self._status = 1
+            self.refuse_server()
+            self._reading.cancel()
+        return True
+
+    def _modern_fault(self, lines: ModernLines, error: GatewayError, message: Message) -> str:
+        """Faults have the codes of protocol.md section 7; only that there is no such gateway's server is S3's, too."""
+        if isinstance(error, NoSuchServer) and self._unknown_remote():
+            return ""
+        if self.remote and isinstance(error, CredentialsRefused):
+            error = CredentialsRefused(f"{error.message} {KEY_HINT}")
+        return lines.refusal(error, message)
 
     async def _batch(self, session: Session, texts: list[str]) -> None:
         """JSON-RPC batch (2025-03-26 only): all replies in one array. The caller has counted it as a call."""
@@ -578,4 +473,3 @@ class StdioFront:
 
 
 SOURCE: Final = {"source": "gateway"}
-

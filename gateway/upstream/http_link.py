@@ -559,7 +559,7 @@ class HttpLink:
         if not self._can_ask or len(self._asks) >= MAX_ASKS:
             decline(ask)
             return
-        sole = self.pending.sole_client_call({ask.call for ask, _ in self._asks.values()})
+        sole = self.pending.sole_client_call()
         self._asks[key] = (ask, id)
         if call is None and self.prefers_sole_call:
             call = sole
@@ -588,7 +588,7 @@ class HttpLink:
         else:
             if call is None and self._terms.isolated and method == "notifications/message":
                 # A client without a way of its own to be told (a modern one) gets it with its call, or not at all.
-                sole = self.pending.sole_client_call({ask.call for ask, _ in self._asks.values()})
+                sole = self.pending.sole_client_call()
                 if self.prefers_sole_call or (sole is not None and sole.exchange.client.owner is None):
                     call = sole
             if call is not None and call.exchange.client.key:

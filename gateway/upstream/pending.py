@@ -6,7 +6,7 @@ count from 1 can never cross (protocol.md section 0, rule 5).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from gateway.errors import GatewayError
 from gateway.exchange import SLOW_AFTER, Call
@@ -59,18 +59,17 @@ class Pending:
         """Forget a call; False when it was not in flight any more."""
         return self.calls.pop(call.id, None) is not None
 
-    def sole_client_call(self, waiting: Collection[Call | None] = ()) -> Call | None:
+    def sole_client_call(self) -> Call | None:
         """The only call in flight that a client made, None when there are none or several.
 
-        One of those ``waiting`` for their clients' answers, perhaps parked, is only meant if there is no other: its
-        server is waiting, too.
+        A parked one is only meant if there is no other: its server waits, too.
         """
         working: list[Call] = []
-        idle: list[Call] = []
+        parked: list[Call] = []
         for call in self.calls.values():
             if call.exchange.client.key:
-                (idle if call in waiting else working).append(call)
-        found = working or idle
+                (parked if call.parked else working).append(call)
+        found = working or parked
         return found[0] if len(found) == 1 else None
 
     def overdue(self, now: float) -> Iterator[Call]:

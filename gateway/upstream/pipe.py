@@ -551,16 +551,12 @@ class PipeLink:
         if not self._isolated or self.era is Era.MODERN or len(self._asks) >= 64:
             decline(ask)
             return
-        call = self._sole_call()
+        call = self.pending.sole_client_call()
         self._asks[key] = ask
         if call is not None:
             call.deliver(ask)
         elif not self._terms.on_ask(ask):
             decline(ask)
-
-    def _sole_call(self) -> Call | None:
-        """The call that what comes is part of, if that can be told."""
-        return self.pending.sole_client_call({ask.call for ask in self._asks.values()})
 
     def _notified(self, message: Message) -> None:
         method = message.method
@@ -578,7 +574,7 @@ class PipeLink:
                 listener.acknowledge(message.param("notifications"))
         else:
             if method == "notifications/message" and self._isolated:
-                call = self._sole_call()
+                call = self.pending.sole_client_call()
                 if call is not None:
                     call.deliver(Interim(message.text))
                     return

@@ -86,7 +86,7 @@ def load(port: int, each: list[bytes], calls: int) -> None:
 def main() -> None:
     """Print the table."""
     pyz = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else None
-    servers = [echo_entry("legacy", era="legacy"), echo_entry("modern", era="modern")]
+    servers = [echo_entry(era, era=era, max_connections_per_server=256) for era in ("legacy", "modern")]
     with tempfile.TemporaryDirectory() as folder, RunningGateway(Path(folder), servers, pyz=pyz) as gateway:
         for connections in (64, 1):
             requests = {pair: [request(gateway, *pair) for _ in range(connections)] for pair in PAIRS}

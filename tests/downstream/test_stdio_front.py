@@ -20,7 +20,8 @@ import trio
 from running import RunningGateway, command, echo_entry
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway.downstream.stdio import APART, COALESCE, MAX_CALLS, MAX_QUEUED, Lines, StdioFront
+from gateway.downstream.lines import APART, MAX_QUEUED, Lines
+from gateway.downstream.stdio import COALESCE, MAX_CALLS, StdioFront
 from gateway.errors import LinkLost, StartFailed, UpstreamTimeout
 from gateway.exchange import Reply
 from gateway.protocol.message import build_notification
@@ -30,7 +31,6 @@ from tests.downstream.legacy_kit import FACTS, FakeRouter, Question, progress
 HELLO = {"protocolVersion": "2025-06-18", "capabilities": {"roots": {}}, "clientInfo": {"name": "t", "version": "1"}}
 INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
 GATEWAY = {"source": "gateway"}
-META = "io.modelcontextprotocol/"
 
 
 def request(id: Any, method: str, **params: Any) -> dict[str, Any]:
@@ -194,23 +194,6 @@ async def test_a_failed_initialize_can_be_tried_again(router: FakeRouter) -> Non
         assert (await client.receive())["result"]["serverInfo"] == FACTS["serverInfo"]
         await client.send(request(3, "initialize", **HELLO))
         assert (await client.receive())["error"]["code"] == -32600
-
-
-async def test_a_client_that_tries_the_modern_era_first_is_not_locked_out(router: FakeRouter) -> None:
-    """protocol.md section 3: discover starts no server, locks no era, and -32601 sends the client to initialize."""
-    meta = {META + "protocolVersion": "2026-07-28", META + "clientCapabilities": {}}
-    async with desk(router) as client:
-        await client.send(request("server-discover-probe-1", "server/discover", _meta=meta), call(2))
-        refused = await client.receive()
-        assert (refused["id"], refused["error"]["code"]) == ("server-discover-probe-1", -32601)
-        assert "initialize" in refused["error"]["message"]
-        (await router.call()).finish(answered())
-        assert (await client.receive())["id"] == 2
-    async with desk(router) as client:
-        await client.send(request(1, "tools/list", _meta=meta))
-        assert (await client.receive())["error"]["code"] == -32601
-        assert await client.greet()
-    assert len(router.calls) == 1
 
 
 async def test_S6_a_request_without_a_handshake_is_answered_after_the_end_of_the_input(router: FakeRouter) -> None:
