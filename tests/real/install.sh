@@ -8,7 +8,7 @@
 # They go to $MCP_TEST_CACHE (default: ${XDG_CACHE_HOME:-~/.cache}/open-mcp-gateway-tests):
 #     py/PART/bin/...                  one virtual environment for each Python program
 #     npm/PART/node_modules/...        one folder for each group of Node programs
-#     node24/node                      Node 24, to be put first in PATH for programs that need it (mcpc)
+#     node24/node                      Node 24, to be put first in PATH for programs that need it (mcpc, conformance)
 # Needs Python 3.11 or newer with venv (PYTHON names another one), and npm with Node 20 or newer.
 set -euo pipefail
 
@@ -70,6 +70,13 @@ part() {
     mcpc)
       part node24
       node mcpc @apify/mcpc@0.2.6 ;;
+    # the official conformance suite, in the two releases that cover all revisions between them
+    conformance)
+      part node24
+      node conformance @modelcontextprotocol/conformance@0.1.16 ;;
+    conformance-next)
+      part node24
+      node conformance-next @modelcontextprotocol/conformance@0.2.0-alpha.12 ;;
     *)
       echo "install.sh: no part named $1" >&2
       exit 2 ;;
@@ -78,7 +85,7 @@ part() {
 
 for name in "${@:-all}"; do
   if [ "$name" = all ]; then
-    for each in servers sdk time git fetch fastmcp sdk1 client inspector mcpc; do
+    for each in servers sdk time git fetch fastmcp sdk1 client inspector mcpc conformance conformance-next; do
       echo "installing $each"
       part "$each"
     done
