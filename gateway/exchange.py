@@ -130,14 +130,16 @@ class Ask:
     message       as the server sent it; the front gives it an id of its own (``message.with_id``)
     answer        takes the client's reply message; a second call and one after the end are ignored
     on_withdrawn  set by the front: called with the reason when the server takes the question back or is gone
+    on_answered   set by the front: called when the answer, whoever gave it, has gone to the server
     """
 
-    __slots__ = ("_answer", "message", "on_withdrawn")
+    __slots__ = ("_answer", "message", "on_answered", "on_withdrawn")
 
     def __init__(self, message: Message, answer: Callable[[str], None]) -> None:
         self.message = message
         self._answer: Callable[[str], None] | None = answer
         self.on_withdrawn: Callable[[str], None] | None = None
+        self.on_answered: Callable[[], None] | None = None
 
     @property
     def open(self) -> bool:
@@ -167,6 +169,8 @@ class Ask:
         answer, self._answer = self._answer, None
         if answer is not None:
             answer(text)
+            if self.on_answered is not None:
+                self.on_answered()
 
 
 class Reply:

@@ -314,9 +314,7 @@ class LegacyFront:
                         decline(event)
                     elif event.open:
                         asked.append(event)
-                        # People take longer than programs.
-                        patience = self.router.snapshot.settings.park_timeout_seconds or inf
-                        call.grant(max(call.deadline, trio.current_time() + patience))
+                        self._be_patient(call, event, asked)
                         await outlet.send(session.question(event, outlet.say))
                 if calls.get(key) is not call:
                     # Taken back. Also seen here in case a full box has dropped the CANCELLED.
@@ -332,6 +330,22 @@ class LegacyFront:
             for ask in asked:
                 if ask.open:
                     session.drop_question(ask, outlet.say)
+
+    def _be_patient(self, call: Call, ask: Ask, asked: list[Ask]) -> None:
+        """People take longer than programs: while somebody is asked, the call's own time stands still."""
+        for other in asked:
+            if other is not ask and other.open:
+                ask.on_answered = other.on_answered  # it stands still already
+                return
+        now = trio.current_time()
+        left = call.deadline - now
+        call.grant(max(call.deadline, now + (self.router.snapshot.settings.park_timeout_seconds or inf)))
+
+        def answered() -> None:
+            if not call.done and not any(other.open for other in asked):
+                call.grant(trio.current_time() + left)
+
+        ask.on_answered = answered
 
     # ------------------------------------------------------------------------------------------------------- initialize
     async def _initialize(

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import enum
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from json.decoder import JSONDecoder
@@ -56,9 +58,35 @@ quote = json.encoder.encode_basestring_ascii
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
+_encode_ascii = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
 def dumps(value: Any) -> str:
-    """A value of ours as compact JSON."""
-    return _encode(value)
+    """A value as compact JSON that can be sent: also one that a server made of what few can read.
+
+    Half a surrogate pair stays an escape, since it is no UTF-8; a number that overflows stays one.
+    """
+    try:
+        text = _encode(value)
+        if not text.isascii():
+            text.encode()
+        return text
+    except UnicodeEncodeError:
+        return _encode_ascii(value)
+    except ValueError:
+        token = f"overflow-{os.urandom(8).hex()}"
+        return dumps(_marked(value, token)).replace(f'"-{token}"', "-1e999").replace(f'"{token}"', "1e999")
+
+
+def _marked(value: Any, token: str) -> Any:
+    """The value with a token in the place of infinities."""
+    if type(value) is dict:
+        return {name: _marked(part, token) for name, part in value.items()}
+    if type(value) is list or type(value) is tuple:
+        return [_marked(part, token) for part in value]
+    if type(value) is float and value in (math.inf, -math.inf):
+        return token if value > 0 else f"-{token}"
+    return value
 
 
 class Malformed(ValueError):

@@ -1150,3 +1150,23 @@ async def test_RB27_batches_without_requests_and_of_other_revisions() -> None:
         reply = await house.post([rpc("initialize", {})])
         assert reply.status == 400
         assert house.router.calls == []
+
+
+async def test_B2_while_a_client_is_asked_its_calls_own_time_stands_still(mock_clock: MockClock) -> None:
+    async with served(request_timeout_seconds=30, park_timeout_seconds=300) as house:
+        session = await house.open()
+        one, two = Question("elicitation/create", "q-1"), Question("elicitation/create", "q-2")
+        async with calling(house, session, tool(1)) as (peer, call):
+            mock_clock.jump(10)
+            for question in (one, two):
+                call.deliver(question.ask)
+            stream = await response(peer)
+            ids = [(await next_json(stream))["id"] for _ in range(2)]
+            assert call.deadline == 310
+            mock_clock.jump(200)
+            await house.post({"jsonrpc": "2.0", "id": ids[0], "result": {"action": "accept"}}, session)
+            assert call.deadline == 310
+            await house.post({"jsonrpc": "2.0", "id": ids[1], "result": {"action": "accept"}}, session)
+            assert call.deadline == pytest.approx(210 + 20, abs=2)
+            call.finish(OK)
+            await stream.events()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import string
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from gateway.protocol.message import (
     build_error,
     decode_reply,
     decode_request,
+    dumps,
     split_batch,
 )
 
@@ -199,3 +201,18 @@ def test_P3_no_text_does_anything_but_decode_or_raise_malformed(data: str | byte
     for decode in (decode_request, decode_reply, split_batch):
         with contextlib.suppress(Malformed):
             decode(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": "\u00e9"}, '{"a":"\u00e9"}'),
+        ({"a": "\ud83d", "b": "\u00e9"}, '{"a":"\\ud83d","b":"\\u00e9"}'),
+        ({"a": [float("inf"), -float("inf"), 1.5]}, '{"a":[1e999,-1e999,1.5]}'),
+        ({"\ud83d": float("inf")}, '{"\\ud83d":1e999}'),
+    ],
+)
+def test_what_servers_say_can_always_be_said_again(value: Any, text: str) -> None:
+    assert dumps(value) == text
+    dumps(value).encode()
+    assert json.loads(dumps(value)) == value
