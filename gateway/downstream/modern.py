@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from math import ceil
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import trio
 
@@ -22,9 +22,9 @@ from gateway.auth.principal import Principal
 from gateway.downstream.listening import LISTEN, Listening
 from gateway.downstream.parking import Binding, Parked, ParkingLot, start_again
 from gateway.downstream.server import ClientGone, Request
-from gateway.downstream.streams import COALESCE, COMMENT_AFTER, EARLY, STREAM_HEADERS, Feed, PostOutlet
-from gateway.errors import AuthError, ClientProtocolError, GatewayError
-from gateway.exchange import SLOW, Ask, Call, Client, Event, Exchange, Interim, Reply, decline
+from gateway.downstream.streams import COALESCE, COMMENT_AFTER, EARLY, Feed, PostOutlet
+from gateway.errors import AuthError, ClientProtocolError, GatewayError, ServerProtocolError
+from gateway.exchange import Ask, Call, Client, Event, Exchange, Interim, Reply, decline
 from gateway.protocol import headers as mirror
 from gateway.protocol.eras import (
     CLIENT_CAPABILITIES,
@@ -36,6 +36,7 @@ from gateway.protocol.eras import (
     MISSING_CAPABILITY,
     MODERN,
     MODERN_VERSIONS,
+    NO_RESOURCE,
     PROTOCOL_VERSION,
     REMOVED,
     UNSUPPORTED_VERSION,
@@ -46,6 +47,7 @@ from gateway.protocol.eras import (
 from gateway.protocol.handshake import DISCOVER
 from gateway.protocol.message import (
     ERROR,
+    INTERNAL_ERROR,
     INVALID_PARAMS,
     INVALID_REQUEST,
     METHOD_NOT_FOUND,
@@ -54,6 +56,7 @@ from gateway.protocol.message import (
     RESULT,
     Message,
     build_error,
+    build_notification,
     decode_reply,
     dumps,
     quote,
@@ -75,8 +78,14 @@ GATHER: Final = 0.03
 """Seconds for which a server's further questions are waited for once it has asked one."""
 MAX_CONTEXTS: Final = 1024
 """Contexts of requests that are remembered; the oldest goes first."""
+MAX_ASKS: Final = 64
+"""Questions that a client is asked at once; further ones wait for its next round."""
 NOT_ACCEPTABLE: Final = "Not Acceptable: the client must accept both application/json and text/event-stream"
 GONE: Final = "the client has gone"
+MAX_CONTEXT: Final = 4096
+"""Characters of the longest context among those that are remembered."""
+
+T = TypeVar("T")
 
 
 class Unsupported(ClientProtocolError):
@@ -129,7 +138,7 @@ class ModernFront:
         self.parking = ParkingLot(lambda: router.snapshot.settings)
         self.info = dumps(dict(info if info is not None else router.info))
         self._contexts: dict[str, Client] = {}
-        self._waiting: dict[Exchange, Outlet] = {}
+        self._waiting: dict[object, Outlet] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Give up calls that nobody comes back for, and signs of life for those that wait, until cancelled."""
@@ -140,19 +149,19 @@ class ModernFront:
                     await trio.sleep(TICK)
                     now = trio.current_time()
                     self.parking.sweep(now)
-                    for exchange, outlet in self._waiting.items():
+                    for token, outlet in self._waiting.items():
                         if outlet.comment_at <= now:
-                            nursery.start_soon(self._comment, exchange, outlet)
+                            nursery.start_soon(self._comment, token, outlet)
         finally:
             self.parking.clear()
 
-    async def _comment(self, exchange: Exchange, outlet: Outlet) -> None:
-        if exchange in self._waiting:
+    async def _comment(self, token: object, outlet: Outlet) -> None:
+        if token in self._waiting:
             await outlet.comment_now()
 
     # ------------------------------------------------------------------------------------------------------- its client
     def client_of(self, principal: Principal, message: Message) -> Client:
-        """Who sends a request, by its ``_meta``. Remembered by the text of that: a client always says the same.
+        """Who sends a request, by its ``_meta``. Remembered, since a client always says the same.
 
         Raises ClientProtocolError: -32602 for a ``_meta`` that is not complete, -32022 for another revision.
         """
@@ -163,18 +172,16 @@ class ModernFront:
 
     def _context_of(self, message: Message) -> Client:
         meta = message.meta
-        text = ""
-        if meta and "progressToken" not in meta:
-            start, end = message.spans["_meta"]
-            text = message.text[start:end]
-            found = self._contexts.get(text)
-            if found is not None:
-                return found
-        client = _read_context(meta)
-        if text and len(text) <= 4096:
-            if len(self._contexts) >= MAX_CONTEXTS:
-                del self._contexts[next(iter(self._contexts))]
-            self._contexts[text] = client
+        said = meta.get
+        # What stands beside it, such as a progress token or a trace, differs from request to request.
+        key = repr((said(PROTOCOL_VERSION), said(CLIENT_CAPABILITIES), said(CLIENT_INFO), said(LOG_LEVEL)))
+        client = self._contexts.get(key)
+        if client is None:
+            client = _read_context(meta)
+            if len(key) <= MAX_CONTEXT:
+                if len(self._contexts) >= MAX_CONTEXTS:
+                    del self._contexts[next(iter(self._contexts))]
+                self._contexts[key] = client
         return client
 
     # ------------------------------------------------------------------------------------------------------------- HTTP
@@ -229,64 +236,64 @@ class ModernFront:
 
     async def _answer_post(self, request: Request, exchange: Exchange) -> tuple[int, str]:
         """Status and reply, "" where it has been sent."""
-        message = exchange.message
-        id_text, method = message.id_text, message.method
-        call: Call | None = None
         event: Event | None = None
-        plain = method not in REMOVED and method != DISCOVER and message.param("requestState") is None
-        if plain:
-            got = self.router.dispatch_now(exchange)
-            if type(got) is Reply:
-                return self._text(exchange, got)
-            if type(got) is Call:
-                call = got
-
-                def at_once(reply: Reply) -> None:
-                    status, text = self._text(exchange, reply)
-                    if text:
-                        request.respond_now(status, text.encode())
-
-                call.on_reply = at_once
-                try:
-                    event = await call.next()
-                except BaseException:
-                    call.cancel(GONE)
-                    raise
-                finally:
-                    call.on_reply = None
-                if type(event) is Reply and request.responded:
-                    return 200, ""
+        got = self._at_once(exchange)
+        if type(got) is Reply:
+            return self._final(exchange, got)
+        if type(got) is Call:
+            event = await self._first(request, exchange, got)
+            if type(event) is Reply:
+                return (200, "") if request.responded else self._final(exchange, event)
         outlet = PostOutlet(request, lambda: Feed(0, None, owed=1), prime=False)
-        result: list[tuple[int, str]] = []
-        failed: GatewayError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_when_gone, request, nursery.cancel_scope)
-            try:
-                result.append(await self._attend(exchange, call, event, outlet))
-            except GatewayError as error:
-                failed = error  # raised outside, where no group is put around it
-            nursery.cancel_scope.cancel()
-        if failed is not None:
+        try:
+            if got is None:
+                got = await _attended(request, self._slowly(exchange, outlet))
+            status, text = await self._attend(exchange, got, event, outlet, _Attendant(request))
+        except GatewayError as error:
             if outlet.feed is None:
-                raise failed
-            result.append(self.refusal(failed, method, id_text))
-        if not result:
-            raise ClientGone
-        status, text = result[0]
+                raise
+            status, text = self.refusal(error, exchange.message.method, exchange.message.id_text)
         if outlet.feed is None:
             return status, text
         await outlet.send(text)
         await outlet.end()
         return 200, ""
 
+    async def _first(self, request: Request, exchange: Exchange, call: Call) -> Event:
+        """The first event of a call; a usual reply goes out in the task that brings it (``Request.responded``).
+
+        Nobody looks after the client meanwhile: SLOW comes before that matters.
+        """
+
+        def at_once(reply: Reply) -> None:
+            try:
+                status, text = self._text(exchange, reply)
+                if text:
+                    request.respond_now(status, text.encode())
+            except Exception:  # not in the link's task: the request's own meets it again
+                log.debug("a reply could not be sent at once", exc_info=True)
+
+        call.on_reply = at_once
+        try:
+            return await call.next()
+        except BaseException:
+            call.cancel(GONE)
+            raise
+        finally:
+            call.on_reply = None
+
     async def _post_listen(
         self, request: Request, client: Client, principal: Principal, server_id: str | None, message: Message
     ) -> None:
         listening = Listening(self.router, client, principal, server_id, message, request.wake)
+        outlet = PostOutlet(request, lambda: Feed(0, None), prime=False)
         try:
-            await request.start_stream(200, STREAM_HEADERS)
-            await listening.open()
-            await request.write(encode(listening.acknowledgement()))
+            self._waiting[listening] = outlet
+            try:
+                await _attended(request, listening.open())
+            finally:
+                del self._waiting[listening]
+            await outlet.send(listening.acknowledgement())
             server = request.server
             comment_at = trio.current_time() + COMMENT_AFTER
             while not server.draining:
@@ -313,7 +320,11 @@ class ModernFront:
 
         Cancelled, it cancels the call at its server.
         """
-        return await self._attend(self._exchange(client, principal, server_id, message), None, None, outlet)
+        exchange = self._exchange(client, principal, server_id, message)
+        got = self._at_once(exchange)
+        if got is None:
+            got = await self._slowly(exchange, outlet)
+        return await self._attend(exchange, got, None, outlet, _following)
 
     def _exchange(self, client: Client, principal: Principal, server_id: str | None, message: Message) -> Exchange:
         router = self.router
@@ -324,7 +335,9 @@ class ModernFront:
     def refusal(self, error: GatewayError, method: str, id_text: str) -> tuple[int, str]:
         """A fault as a modern client sees it: HTTP status and reply (protocol.md section 7)."""
         if isinstance(error, Unsupported):
-            return 400, build_error(id_text, error.code, error.message, {**error.data, "source": "gateway"})
+            data = _encode({**error.data, "source": "gateway"})
+            said = f'{{"code":{error.code},"message":{quote(error.message)},"data":{data}}}'
+            return 400, self._build(id_text, f'"error":{said}')
         status, text = failure(error, method, id_text)
         if isinstance(error, ClientProtocolError):
             return (error.status if error.status != 400 else _STATUS.get(error.code, 400)), text
@@ -342,65 +355,30 @@ class ModernFront:
         message, method = reply.message, exchange.message.method
         result = message.result
         if message.kind is ERROR:
-            code = result.get("code")
+            code, uri = result.get("code"), ""
             if code == URL_ELICITATION and method in INPUT_METHODS:
                 return 200, ""
-            if method == "resources/read" and code in (-32002, INVALID_PARAMS):
-                reply = _with_uri(reply, exchange.message.param("uri"))
+            if method == "resources/read":
+                uri = exchange.message.param("uri")
+                uri = uri if type(uri) is str else ""
+                if code == INVALID_PARAMS and uri and result.get("data") is None:
+                    message = Reply.error(INVALID_PARAMS, str(result.get("message")), {"uri": uri}).message
+            if code == NO_RESOURCE:
                 code = INVALID_PARAMS
-            text = self._build(exchange.message.id_text, to_modern(method, reply.message, self.info))
-            return _STATUS.get(code, 200), text
+            text = self._build(exchange.message.id_text, to_modern(method, message, self.info, uri=uri))
+            return (_STATUS.get(code, 200) if type(code) is int else 200), text
         if type(result) is dict and result.get("resultType") == "input_required":
             return 200, ""
         return 200, self._build(exchange.message.id_text, to_modern(method, message, self.info, reply.cache))
 
-    async def _attend(
-        self, exchange: Exchange, call: Call | None, event: Event | None, outlet: Outlet
-    ) -> tuple[int, str]:
-        """Carry a request out, from wherever it has got to: status and reply. Cancelled, it cancels the call."""
-        resumed = False
-        try:
-            if call is None:
-                got = await self._begin(exchange, outlet)
-                if type(got) is Reply:
-                    return self._final(exchange, got)
-                if type(got) is Parked:
-                    text = self._resume(exchange, got)
-                    if text:
-                        return 200, text
-                    call, resumed = got.call, True
-                else:
-                    assert type(got) is Call
-                    call = got
-            while True:
-                if event is None:
-                    with trio.move_on_at(outlet.comment_at):
-                        event = await call.next()
-                    if event is None:
-                        await outlet.comment()
-                        continue
-                if type(event) is Reply:
-                    return self._final(exchange, event)
-                if type(event) is Ask:
-                    asks, event = await self._gather(exchange, call, event, outlet, resumed)
-                    if asks:
-                        return 200, self._park(exchange, call, asks)
-                    continue
-                if type(event) is Interim:
-                    await self._interim(exchange, event, outlet, resumed)
-                event = None
-        except BaseException:
-            if call is not None:
-                call.cancel(GONE)
-            raise
-
-    async def _begin(self, exchange: Exchange, outlet: Outlet) -> Reply | Call | Parked:
+    def _at_once(self, exchange: Exchange) -> Reply | Call | Parked | None:
+        """A request as far as it can be carried out without waiting; None, with nothing done, where it can't."""
         message = exchange.message
         method = message.method
-        if method == DISCOVER:
-            return await self._discover(exchange)
         if method in REMOVED:
             return Reply.error(METHOD_NOT_FOUND, f"Method not found: {method}", {"source": "gateway"})
+        if method == DISCOVER:
+            return None
         state = message.param("requestState")
         if state is not None and method in INPUT_METHODS:
             if type(state) is not str:
@@ -410,10 +388,12 @@ class ModernFront:
             if type(found) is Parked:
                 return found
             exchange.changes = {"requestState": quote(str(found))}
-        got = self.router.dispatch_now(exchange)
-        if got is not None:
-            return got
-        # It waits for a start, a slot or a list; ``run`` gives signs of life meanwhile, which begin the event stream.
+        return self.router.dispatch_now(exchange)
+
+    async def _slowly(self, exchange: Exchange, outlet: Outlet) -> Reply | Call:
+        """Dispatch what waits for a start, a slot or a list; ``run`` gives signs of life, which begin the stream."""
+        if exchange.message.method == DISCOVER:
+            return await self._discover(exchange)
         self._waiting[exchange] = outlet
         try:
             return await self.router.dispatch(exchange)
@@ -424,104 +404,151 @@ class ModernFront:
         facts = dict(await self.router.discover(exchange.client, exchange.principal, exchange.server_id))
         facts.pop("serverInfo", None)
         facts.pop("protocolVersion", None)
-        return Reply.result(dumps({"supportedVersions": list(MODERN_VERSIONS), **facts}))
+        return Reply.result(_encode({"supportedVersions": list(MODERN_VERSIONS), **facts}))
+
+    async def _attend(
+        self, exchange: Exchange, got: Reply | Call | Parked, event: Event | None, outlet: Outlet, following: Following
+    ) -> tuple[int, str]:
+        """Carry a request out from where it has got to: status and reply. Cancelled, it cancels the call."""
+        if type(got) is Reply:
+            return self._final(exchange, got)
+        asked = 0
+        if type(got) is Parked:
+            call, asked = got.resume(exchange), got.asked
+        else:
+            assert type(got) is Call
+            call = got
+        try:
+            if type(got) is Parked:
+                missing = _answered(exchange, got)
+                if missing:
+                    return 200, self._park(exchange, call, missing, asked)
+                event = await self._catch_up(exchange, call, outlet)
+            while True:
+                if event is None:
+                    event = await following(call, outlet)
+                    if event is None:
+                        await outlet.comment()
+                        continue
+                if type(event) is Reply:
+                    return self._final(exchange, event)
+                if type(event) is Ask:
+                    asks, event = await self._gather(exchange, call, event, outlet)
+                    if asks:
+                        keyed = {_key_of(ask, number): ask for number, ask in enumerate(asks, asked + 1)}
+                        return 200, self._park(exchange, call, keyed, asked + len(asks))
+                    continue
+                if type(event) is Interim:
+                    await self._interim(exchange, event, outlet)
+                event = None
+        except BaseException:
+            call.cancel(GONE)
+            raise
 
     # ------------------------------------------------------------------------------------------ on the way to the reply
-    async def _interim(self, exchange: Exchange, event: Interim, outlet: Outlet, resumed: bool) -> None:
-        text = event.text
-        if '"notifications/message"' in text:
+    async def _interim(self, exchange: Exchange, event: Interim, outlet: Outlet) -> None:
+        if '"notifications/message"' in event.text:
             wanted = exchange.client.log_level
-            level = json.loads(text).get("params", {}).get("level")
-            if wanted is None or not level_at_least(level, wanted):
+            if wanted is None:
                 return
-        elif resumed and '"notifications/progress"' in text:
-            # Told before the client came back, it still bears the token of the request before.
-            token = exchange.message.meta.get("progressToken")
-            if token is None:
+            params = json.loads(event.text).get("params")
+            if type(params) is dict and not level_at_least(params.get("level"), wanted):
                 return
-            found = json.loads(text)
-            found["params"]["progressToken"] = token
-            text = dumps(found)
-        await outlet.send(text)
+        await outlet.send(event.text)
+
+    async def _catch_up(self, exchange: Exchange, call: Call, outlet: Outlet) -> Event | None:
+        """What came while the client was away, up to something that is no notification.
+
+        Of progress the latest only, and under the token of the request that is there now (protocol.md section 4.1).
+        """
+        latest: Interim | None = None
+        event: Event | None = None
+        while call.buffered:
+            event = await call.next()
+            if type(event) is not Interim:
+                break
+            if '"notifications/progress"' in event.text:
+                latest = event
+            else:
+                await self._interim(exchange, event, outlet)
+            event = None
+        token = exchange.message.meta.get("progressToken")
+        if latest is not None and token is not None:
+            message = decode_reply(latest.text)
+            params = message.params_text({"progressToken": _encode(token)})
+            await outlet.send(build_notification(message.method, params))
+        return event
 
     async def _gather(
-        self, exchange: Exchange, call: Call, first: Ask, outlet: Outlet, resumed: bool
+        self, exchange: Exchange, call: Call, first: Ask, outlet: Outlet
     ) -> tuple[list[Ask], Event | None]:
         """A question and those right after it, as far as the client can be asked them; perhaps another event, too."""
         asks = [first]
         event: Event | None = None
-        with trio.move_on_after(GATHER):
-            while len(asks) < 64:
-                event = await call.next()
-                if type(event) is Ask:
-                    asks.append(event)
+        try:
+            with trio.move_on_after(GATHER):
+                while len(asks) < MAX_ASKS:
+                    event = await call.next()
+                    if type(event) is Ask:
+                        asks.append(event)
+                    elif type(event) is Interim:
+                        await self._interim(exchange, event, outlet)
+                    elif type(event) is Reply:
+                        break
                     event = None
-                elif type(event) is Interim:
-                    await self._interim(exchange, event, outlet, resumed)
-                    event = None
-                elif event is SLOW:
-                    event = None
-                else:
-                    break
-        possible = []
-        for ask in asks:
-            params = ask.message.params if type(ask.message.params) is dict else {}
-            known = capability_needed(ask.message.method, params) is not None
-            if not known or exchange.message.method not in INPUT_METHODS or type(event) is Reply:
-                decline(ask)
-            elif ask.open:
-                self._require(exchange, ask.message.method, params)
-                possible.append(ask)
+            possible = []
+            for ask in asks:
+                params = ask.message.params if type(ask.message.params) is dict else {}
+                known = capability_needed(ask.message.method, params) is not None
+                if not known or exchange.message.method not in INPUT_METHODS or type(event) is Reply:
+                    decline(ask)
+                elif ask.open:
+                    self._require(exchange, ask.message.method, params)
+                    possible.append(ask)
+        except BaseException:
+            _decline_all(asks)
+            raise
         return possible, event
 
-    def _park(self, exchange: Exchange, call: Call, asks: list[Ask]) -> str:
-        keyed = {f"{ask.message.method.partition('/')[0]}-{number}": ask for number, ask in enumerate(asks, 1)}
+    def _park(self, exchange: Exchange, call: Call, asks: dict[str, Ask], asked: int) -> str:
+        """Put a call away until these questions are answered: the reply. ``asked`` counts all questions of the call."""
         binding = Binding.of(exchange.principal, exchange.server_id, exchange.message)
         try:
-            state = self.parking.park(call, keyed, exchange.principal, binding)
+            requests = _encode({key: question_to_modern(ask.message) for key, ask in asks.items()})
+            state = self.parking.park(call, asks, exchange.principal, binding, asked)
         except GatewayError:
-            for ask in asks:
-                decline(ask)
+            _decline_all(asks.values())
             raise
-        requests = {key: question_to_modern(ask.message) for key, ask in keyed.items()}
-        return self._input_required(exchange, {"inputRequests": requests, "requestState": state})
+        return self._input_required(exchange, f'"inputRequests":{requests},"requestState":{quote(state)}')
 
-    def _input_required(self, exchange: Exchange, members: Mapping[str, Any]) -> str:
-        reply = Reply.result(dumps({"resultType": "input_required", **members}))
-        return self._build(exchange.message.id_text, to_modern(exchange.message.method, reply.message, self.info))
-
-    def _resume(self, exchange: Exchange, parked: Parked) -> str:
-        """Answer what the client has answers for. "" when the call goes on, else the reply that asks for the rest."""
-        responses = exchange.message.param("inputResponses")
-        answers = responses if type(responses) is dict else {}
-        call = parked.resume(exchange)
-        missing = []
-        for key, ask in parked.asks.items():
-            answer = answers.get(key)
-            if type(answer) is dict:
-                ask.resolve(dumps(answer))
-            elif ask.open:
-                missing.append(ask)
-        return self._park(exchange, call, missing) if missing else ""
+    def _input_required(self, exchange: Exchange, members: str) -> str:
+        method = exchange.message.method
+        reply = Reply.result(f'{{"resultType":"input_required",{members}}}')
+        return self._build(exchange.message.id_text, to_modern(method, reply.message, self.info))
 
     def _final(self, exchange: Exchange, reply: Reply) -> tuple[int, str]:
         """Status and text of the last event of a call."""
         status, text = self._text(exchange, reply)
         if text:
             return status, text
-        result = reply.message.result
+        result, method = reply.message.result, exchange.message.method
         if reply.message.kind is ERROR:
             return 200, self._urls(exchange, result)
+        if method not in INPUT_METHODS:
+            raise ServerProtocolError(f"The server wants input for {method}, which can't have any")
         requests = result.get("inputRequests")
         for entry in requests.values() if type(requests) is dict else ():
-            params = entry.get("params") if type(entry) is dict else None
-            self._require(exchange, entry.get("method") if type(entry) is dict else None, params or {})
+            if type(entry) is dict:
+                params = entry.get("params")
+                self._require(exchange, entry.get("method"), params if type(params) is dict else {})
         members = {name: value for name, value in result.items() if name not in ("resultType", "requestState")}
         state = result.get("requestState")
         if type(state) is str:
             binding = Binding.of(exchange.principal, exchange.server_id, exchange.message)
             members["requestState"] = self.parking.relay(state, binding)
-        return 200, self._input_required(exchange, members)
+        if not members:
+            raise ServerProtocolError("The server wants input and does not say which")
+        return 200, self._input_required(exchange, _encode(members)[1:-1])
 
     def _require(self, exchange: Exchange, method: Any, params: Mapping[str, Any]) -> None:
         needed = capability_needed(method, params) if type(method) is str else None
@@ -543,8 +570,8 @@ class ModernFront:
                 requests[f"elicitation-{number}"] = {"method": "elicitation/create", "params": params}
         self._require(exchange, "elicitation/create", {"mode": "url"})
         if not requests:
-            return build_error(exchange.message.id_text, -32603, str(error.get("message", ""))[:500])
-        return self._input_required(exchange, {"inputRequests": requests})
+            return build_error(exchange.message.id_text, INTERNAL_ERROR, str(error.get("message", ""))[:500])
+        return self._input_required(exchange, f'"inputRequests":{_encode(requests)}')
 
 
 def _read_context(meta: Mapping[str, Any]) -> Client:
@@ -572,12 +599,104 @@ def _read_context(meta: Mapping[str, Any]) -> Client:
     return Client(key, Era.MODERN, version, capabilities, info or {}, log_level=level)
 
 
-def _with_uri(reply: Reply, uri: Any) -> Reply:
-    """The error for a resource that is not there: the modern era wants to know which."""
-    error = reply.message.result
-    data = error.get("data")
-    kept = data if type(data) is dict else {}
-    return Reply.error(INVALID_PARAMS, str(error.get("message", "")), {"uri": uri, **kept})
+_ascii = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+def _encode(value: Any) -> str:
+    """What somebody else said, as JSON again. In ASCII: it may hold lone surrogates, which have no UTF-8.
+
+    Raises ServerProtocolError for numbers that were too large to be read.
+    """
+    try:
+        return _ascii(value)
+    except (ValueError, RecursionError):
+        raise ServerProtocolError("The server sent what can't be said in JSON") from None
+
+
+def _key_of(ask: Ask, number: int) -> str:
+    """The key of a question in ``inputRequests``; of two questions of one call, whatever the round, it differs."""
+    return f"{ask.message.method.partition('/')[0]}-{number}"
+
+
+def _answered(exchange: Exchange, parked: Parked) -> dict[str, Ask]:
+    """Give the server what the client has answered; the questions that are still open."""
+    responses = exchange.message.param("inputResponses")
+    answers = responses if type(responses) is dict else {}
+    missing = {}
+    for key, ask in parked.asks.items():
+        answer = answers.get(key)
+        if type(answer) is dict:
+            ask.resolve(_encode(answer))
+        elif ask.open and not parked.call.done:
+            missing[key] = ask
+    return missing
+
+
+def _decline_all(asks: Iterable[Ask]) -> None:
+    for ask in asks:
+        if ask.open:
+            decline(ask)
+
+
+Following = Callable[[Call, Outlet], Awaitable[Event | None]]
+"""Waits for a call's next event; None when a comment is due."""
+
+
+async def _following(call: Call, outlet: Outlet) -> Event | None:
+    event = None
+    with trio.move_on_at(outlet.comment_at):
+        event = await call.next()
+    return event
+
+
+class _Attendant:
+    """Waits for a call's next event, and for the end of its client, at the connection: no task, scope or timer.
+
+    When all are slow, all are attended; that must not make them slower.
+    """
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    async def __call__(self, call: Call, outlet: Outlet) -> Event | None:
+        request = self._request
+        call.on_event = request.wake
+        try:
+            while not call.buffered:
+                comment_at = outlet.comment_at
+                if trio.current_time() >= comment_at:
+                    return None
+                if await request.wait(until=comment_at):
+                    raise ClientGone
+        finally:
+            call.on_event = None
+        return await call.next()
+
+
+async def _attended(request: Request, work: Awaitable[T]) -> T:
+    """Await what may take long, but only while the client is there. Raises ClientGone, and what ``work`` raises."""
+    done: list[T] = []
+    failed: GatewayError | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_when_gone, request, nursery.cancel_scope)
+            try:
+                done.append(await work)
+            except GatewayError as error:
+                failed = error  # raised outside, where no group is put around it
+            nursery.cancel_scope.cancel()
+    except BaseException:
+        for each in done:
+            if isinstance(each, Call):
+                each.cancel(GONE)
+        raise
+    if failed is not None:
+        raise failed
+    if not done:
+        raise ClientGone
+    return done[0]
 
 
 async def _cancel_when_gone(request: Request, scope: trio.CancelScope) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ from gateway.config.model import Settings
 from gateway.errors import ClientProtocolError, Overloaded
 from gateway.exchange import Ask, Call, Exchange, decline
 from gateway.protocol.eras import name_parameter
-from gateway.protocol.message import INVALID_PARAMS, Message, dumps
+from gateway.protocol.message import INVALID_PARAMS, Message
 
 __all__ = ["Binding", "Parked", "ParkingLot", "Sealer", "start_again"]
 
@@ -47,9 +48,9 @@ class Sealer:
     def __init__(self, keys: Sequence[bytes] = ()) -> None:
         self._keys = tuple(keys) or (os.urandom(32),)
 
-    def seal(self, content: Mapping[str, Any]) -> str:
+    def seal(self, content: dict[str, Any]) -> str:
         """The content as visible ASCII with a signature."""
-        text = _b64(dumps(dict(content)).encode())
+        text = _b64(json.dumps(content, separators=(",", ":")).encode())
         return f"{text}.{_b64(self._mac(self._keys[0], text))}"
 
     def open(self, sealed: str) -> dict[str, Any]:
@@ -110,15 +111,18 @@ _NOT_ARGUMENTS: Final = ("_meta", "inputResponses", "requestState")
 
 
 class Parked:
-    """A call that waits for its client. ``asks`` are the open questions by the keys under which they were put."""
+    """A call that waits for its client. ``asks`` are the open questions by the keys under which they were put,
+    ``asked`` is how many there have been in all.
+    """
 
-    __slots__ = ("asks", "binding", "call", "expires", "principal")
+    __slots__ = ("asked", "asks", "binding", "call", "expires", "principal")
 
     def __init__(
-        self, call: Call, asks: dict[str, Ask], principal: Principal, binding: Binding, expires: float
+        self, call: Call, asks: dict[str, Ask], asked: int, principal: Principal, binding: Binding, expires: float
     ) -> None:
         self.call = call
         self.asks = asks
+        self.asked = asked
         self.principal = principal
         self.binding = binding
         self.expires = expires
@@ -137,18 +141,25 @@ class Parked:
 
 
 class ParkingLot:
-    """All parked calls. ``settings`` gives the current limits; ``sweep`` is to be called about once a second."""
+    """All parked calls. ``settings`` gives the current limits; ``sweep`` is to be called about once a second.
 
-    def __init__(self, settings: Callable[[], Settings], sealer: Sealer | None = None) -> None:
+    A parked call is known to this process only. What is relayed is good wherever the keys are; ``clock`` is the time of
+    day for that, in seconds.
+    """
+
+    def __init__(
+        self, settings: Callable[[], Settings], sealer: Sealer | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
         self._settings = settings
         self._sealer = sealer or Sealer()
+        self._clock = clock
         self._generation = os.urandom(8).hex()
         self._parked: dict[str, Parked] = {}
 
     def __len__(self) -> int:
         return len(self._parked)
 
-    def park(self, call: Call, asks: dict[str, Ask], principal: Principal, binding: Binding) -> str:
+    def park(self, call: Call, asks: dict[str, Ask], principal: Principal, binding: Binding, asked: int = 0) -> str:
         """Put a call away: the state that brings it back, once. Raises Overloaded where too many are parked."""
         settings = self._settings()
         limit = settings.max_parked
@@ -159,14 +170,13 @@ class ParkingLot:
         expires = trio.current_time() + seconds
         call.park()
         id = os.urandom(16).hex()
-        self._parked[id] = Parked(call, asks, principal, binding, expires)
+        self._parked[id] = Parked(call, asks, asked, principal, binding, expires)
         return self._sealer.seal({"k": "park", "i": id, "g": self._generation, **binding.content()})
 
     def relay(self, state: str, binding: Binding) -> str:
         """The state of a modern server, bound to its caller. Nothing is held."""
-        until = trio.current_time() + RELAY_SECONDS
-        content = {"k": "relay", "v": state, "e": until, "g": self._generation, **binding.content()}
-        return self._sealer.seal(content)
+        until = self._clock() + RELAY_SECONDS
+        return self._sealer.seal({"k": "relay", "v": state, "e": until, **binding.content()})
 
     def take(self, sealed: str, binding: Binding) -> Parked | str:
         """What a state stands for: a parked call, which is not parked any more, or a modern server's own state.
@@ -176,12 +186,12 @@ class ParkingLot:
         content = self._sealer.open(sealed)
         if any(content.get(name) != value for name, value in binding.content().items()):
             raise start_again("The requestState belongs to another call")
-        if content.get("g") != self._generation:
-            raise start_again("The gateway has been restarted")
         if content.get("k") == "relay":
-            if content["e"] < trio.current_time():
+            if content["e"] < self._clock():
                 raise start_again("The requestState has expired")
             return str(content["v"])
+        if content.get("g") != self._generation:
+            raise start_again("The gateway has been restarted")
         parked = self._parked.pop(str(content.get("i")), None)
         if parked is None:
             raise start_again("The requestState has been used already, or has expired")

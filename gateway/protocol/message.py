@@ -187,6 +187,20 @@ class Message:
                 spans.update((name, found[1:]) for name, found in _members(self.text, at, _scan_reply)[0].items())
         return spans
 
+    def span(self, name: str) -> Span:
+        """Where one member of an object ``params`` has its value. Raises KeyError for one that is not there."""
+        if self._spans is None and name in self.params:
+            text, key = self.text, f'"{name}"'
+            at = text.find(key)
+            if at >= 0 and text.find(key, at + 1) < 0 and "\\" not in text:
+                # Its name stands in the text once, and no other could be spelled with escapes: so this is it, and
+                # there is no need to find the other members.
+                found = _colon(text, at + len(key))
+                if found is not None:
+                    start = found.end()
+                    return start, _scan_reply(text, start)[1]
+        return self.spans[name]
+
     def params_text(self, changes: Mapping[str, str] | None = None) -> str:
         """The params as JSON text, "" when absent, with some members' values replaced or added (name -> JSON text)."""
         start, end = self.params_span
@@ -200,6 +214,10 @@ class Message:
             if not self.params:
                 return "{" + added_text + "}"
             return f"{self.text[start : end - 1]},{added_text}}}"
+        if len(changes) == 1:
+            ((name, value),) = changes.items()
+            first, last = self.span(name)
+            return f"{self.text[start:first]}{value}{self.text[last:end]}"
         parts: list[str] = []
         at = start
         spans = self.spans
@@ -260,6 +278,7 @@ _scan_reply: Scan = JSONDecoder(parse_constant=_constant).scan_once  # type: ign
 
 _space = re.compile(r"[ \t\n\r]*").match
 _plain_key = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*').match
+_colon = re.compile(r"[ \t\n\r]*:[ \t\n\r]*").match
 _open = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*").match
 _usual_result = re.compile(r'\{"jsonrpc": ?"2\.0", ?"id": ?([0-9]{1,18}), ?"result": ?').match
 

@@ -137,7 +137,9 @@ def legacy_params(exchange: Exchange, id: int) -> str:
         return message.params_text(changes)
     meta = message.meta
     if exchange.client.era is Era.MODERN:
-        return message.params_text({**(changes or {}), "_meta": dumps(_kept(meta, id))})
+        kept = _kept(meta, id)
+        text = dumps(kept) if kept else "{}"
+        return message.params_text({**changes, "_meta": text} if changes else {"_meta": text})
     if "progressToken" in meta:
         changes = {**(changes or {}), "_meta": dumps({**meta, "progressToken": id})}
     return message.params_text(changes)

@@ -216,3 +216,21 @@ def test_what_servers_say_can_always_be_said_again(value: Any, text: str) -> Non
     assert dumps(value) == text
     dumps(value).encode()
     assert json.loads(dumps(value)) == value
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        '{"name":"a","_meta":{"k":1}}',
+        '{"_meta" : {"k":1} , "name":"a"}',
+        '{"name":"_meta","_meta":{"k":1}}',
+        '{"arguments":{"_meta":{"k":2}},"_meta":{"k":1}}',
+        '{"arguments":{"_meta":{"k":2}},"\\u005fmeta":{"k":1}}',
+        '{"\\u005fmeta":{"k":1},"name":"_meta"}',
+    ],
+)
+def test_a_member_is_found_however_its_name_is_spelled(params: str) -> None:
+    message = decode_request(f'{{"jsonrpc":"2.0","id":1,"method":"x","params":{params}}}')
+    start, end = message.span("_meta")
+    assert json.loads(message.text[start:end]) == {"k": 1}
+    assert json.loads(message.params_text({"_meta": "7"})) == {**message.params, "_meta": 7}
