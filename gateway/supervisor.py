@@ -450,12 +450,24 @@ class Unit:
             with scope:
                 try:
                     await self._start_and_keep(scope)
-                except trio.Cancelled:
-                    raise
+                except BaseExceptionGroup as group:
+                    # A server that is lost while it is stopped: the nurseries bring both. The loss must stay here.
+                    cancelled, rest = group.split(trio.Cancelled)
+                    if rest is not None:
+                        failure = self._contain(rest)
+                    if cancelled is not None:
+                        raise cancelled from None
                 except Exception as error:
-                    failure = self._blame(leaf(error))
+                    failure = self._blame(error)
         finally:
             self._finish(scope, failure)
+
+    def _contain(self, group: BaseExceptionGroup[BaseException]) -> GatewayError:
+        """The fault in a group without cancellations. Raises what is no fault, such as KeyboardInterrupt."""
+        error = leaf(group)
+        if not isinstance(error, Exception):
+            raise error
+        return self._blame(error)
 
     async def _start_and_keep(self, scope: trio.CancelScope) -> None:
         spec, supervisor = self.spec, self.supervisor

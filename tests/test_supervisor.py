@@ -745,3 +745,29 @@ async def test_a_parked_call_gives_its_slot_to_others_and_keeps_the_server(
     assert (unit.active, unit.holds) == (0, 0)
     await trio.sleep(61)
     assert unit.link is None
+
+
+@pytest.mark.parametrize("stop", ["the unit", "the gateway"])
+async def test_P3_a_server_that_is_lost_while_it_is_stopped_harms_nobody(stop: str) -> None:
+    """Whatever turn of the loop it is: the loss and the stop then come out of the same nurseries."""
+    for turns in range(15):
+        async with trio.open_nursery() as nursery:
+            house = House(nursery)
+            await nursery.start(house.run)
+            script = Script(answer=mute)
+            unit = house.unit(script)
+            nursery.start_soon(lost, unit)
+            await wait_all_tasks_blocked()
+            script.pipe.exit(3)
+            for _ in range(turns):
+                await trio.lowlevel.checkpoint()
+            if stop == "the unit":
+                unit.stop_soon("test")
+                await unit.stopped()
+            house.scope.cancel()
+
+
+async def lost(unit: Unit) -> None:
+    """A call whose server goes away."""
+    with pytest.raises((LinkLost, StartFailed)):
+        await call(unit)
