@@ -383,9 +383,13 @@ class Router:
             if spec.isolation == "call" or (server_id is None and spec.isolation == "shared"):
                 continue
             unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
-            roots_changed = message.method == "notifications/roots/list_changed"
-            if unit.link is not None and not (unit.client is None and roots_changed):
-                unit.link.notify(message.method, message.params_text())
+            link = unit.link
+            if link is None:
+                continue
+            if message.method == "notifications/roots/list_changed" and (unit.client is None or link.era is Era.MODERN):
+                # A shared server was never told of roots, a modern one asks for them when it needs them.
+                continue
+            link.notify(message.method, message.params_text())
 
     def subscribe(
         self, server_id: str | None, wake: Callable[[], None], principal: Principal, client: Client | None = None

@@ -220,7 +220,8 @@ def _joined(lines: Iterable[str]) -> dict[str, str]:
         value = value.strip(" \t")
         if name not in headers:
             headers[name] = value
-        elif name in _SINGLE or name.startswith("mcp-"):
+        elif name in _SINGLE or name == "mcp-session-id":
+            # Others of MCP's are joined, and are then not what the body says: its own error for that tells more.
             raise Refusal(400, f"Header {name} is sent twice; send it once")
         else:
             headers[name] += ("; " if name == "cookie" else ", ") + value
