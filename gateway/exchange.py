@@ -320,6 +320,11 @@ class Call:
         """Whether there is an event that nobody has taken yet."""
         return bool(self._box)
 
+    @property
+    def questions(self) -> list[Ask]:
+        """Those that nobody has taken yet."""
+        return [event for event in self._box or () if type(event) is Ask]
+
     # ---------------------------------------------------------------------------------------------------- link's side
     def deliver(self, event: Interim | Ask) -> None:
         """Hand over an interim event or a question."""

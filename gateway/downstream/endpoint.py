@@ -339,6 +339,9 @@ class Endpoint:
         self, request: Request, principal: Principal, route: Route, body: bytes, error: Malformed
     ) -> None:
         """No single message: a batch, which some sessions may send, or nothing we can read."""
+        if request.headers.get("mcp-protocol-version") in MODERN_VERSIONS:
+            await self.modern.malformed(request, error)
+            return
         try:
             batch = split_batch(body)
         except Malformed as worse:

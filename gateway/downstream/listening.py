@@ -125,7 +125,7 @@ class Listening:
         return f"{{{quote(SUBSCRIPTION_ID)}:{self._id_text}}}"
 
     def _tagged(self, method: str, params: Mapping[str, Any]) -> str:
-        text = dumps(dict(params))
+        text = json.dumps(params, separators=(",", ":"))  # in ASCII: a URI may hold lone surrogates
         tail = f'"_meta":{self._meta}}}'
         return build_notification(method, f"{text[:-1]},{tail}" if params else f"{{{tail}")
 

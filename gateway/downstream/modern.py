@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from math import ceil
+from collections.abc import Awaitable, Iterable, Mapping
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import trio
@@ -54,6 +54,7 @@ from gateway.protocol.message import (
     PARSE_ERROR,
     REQUEST,
     RESULT,
+    Malformed,
     Message,
     build_error,
     build_notification,
@@ -73,7 +74,9 @@ __all__ = ["ModernFront", "Outlet", "Unsupported"]
 log = logging.getLogger("gateway_http")
 
 TICK: Final = 1.0
-"""Seconds between two looks at what waits."""
+"""Seconds between two looks at parked calls."""
+LOOK: Final = 0.05
+"""Seconds between two looks at what waits to be begun: whether its client is still there (RB20), or wants a sign."""
 GATHER: Final = 0.03
 """Seconds for which a server's further questions are waited for once it has asked one."""
 MAX_CONTEXTS: Final = 1024
@@ -138,26 +141,59 @@ class ModernFront:
         self.parking = ParkingLot(lambda: router.snapshot.settings)
         self.info = dumps(dict(info if info is not None else router.info))
         self._contexts: dict[str, Client] = {}
-        self._waiting: dict[object, Outlet] = {}
+        self._waiting: dict[trio.CancelScope, tuple[Outlet, Request | None]] = {}
+        self._unanswered: list[Ask] = []
+        self._busy = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Give up calls that nobody comes back for, and signs of life for those that wait, until cancelled."""
+        """Look after what has no task of its own: parked calls, and requests that wait to be begun. Until cancelled."""
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()
                 while True:
-                    await trio.sleep(TICK)
+                    if not self._waiting and not self._unanswered:
+                        self._busy = trio.Event()
+                        with trio.move_on_after(TICK if len(self.parking) else inf):
+                            await self._busy.wait()
+                    await trio.sleep(LOOK)
+                    self._decline_all()
                     now = trio.current_time()
                     self.parking.sweep(now)
-                    for token, outlet in self._waiting.items():
-                        if outlet.comment_at <= now:
-                            nursery.start_soon(self._comment, token, outlet)
+                    for scope, (outlet, request) in self._waiting.items():
+                        if request is not None and request.look():
+                            scope.cancel()
+                        elif outlet.comment_at <= now:
+                            nursery.start_soon(self._comment, scope, outlet)
         finally:
+            self._decline_all()
             self.parking.clear()
 
-    async def _comment(self, token: object, outlet: Outlet) -> None:
-        if token in self._waiting:
+    def _decline_all(self) -> None:
+        asks, self._unanswered = self._unanswered, []
+        for ask in asks:
+            if ask.open:
+                decline(ask)
+
+    async def _comment(self, scope: trio.CancelScope, outlet: Outlet) -> None:
+        if scope in self._waiting:
             await outlet.comment_now()
+
+    async def _patiently(self, work: Awaitable[T], outlet: Outlet, request: Request | None) -> T:
+        """Await what may take long, with signs of life from ``run``, which begin the event stream.
+
+        Raises ClientGone, with the work cancelled, when the client of ``request`` has gone.
+        """
+        done: list[T] = []
+        with trio.CancelScope() as scope:
+            self._waiting[scope] = (outlet, request)
+            self._busy.set()
+            try:
+                done.append(await work)
+            finally:
+                del self._waiting[scope]
+        if not done:
+            raise ClientGone
+        return done[0]
 
     # ------------------------------------------------------------------------------------------------------- its client
     def client_of(self, principal: Principal, message: Message) -> Client:
@@ -219,6 +255,15 @@ class ModernFront:
         if text and not request.responded:
             await request.respond(status, text.encode())
 
+    async def malformed(self, request: Request, error: Malformed) -> None:
+        """Answer a body that is no single message; batches are none of this era's."""
+        if accepts(request.headers.get("accept")) != BOTH:
+            refused = ClientProtocolError(NOT_ACCEPTABLE, status=406)
+        else:
+            refused = ClientProtocolError(error.reason, code=error.code)
+        status, text = self.refusal(refused, "", error.id_text)
+        await request.respond(status, text.encode())
+
     async def unsupported(self, request: Request, message: Message, version: str) -> None:
         """Answer a request whose version header names a revision that does not exist; it might be of either era."""
         error = unsupported_version(version, (*LEGACY_VERSIONS, *MODERN_VERSIONS))
@@ -229,28 +274,28 @@ class ModernFront:
         """Compare ``Mcp-Param-*`` with the arguments that a tool wants mirrored."""
         parameters = self.router.tool_headers(exchange)
         if parameters is None:
-            await self.router.learn_tools(exchange)
+            await self._patiently(self.router.learn_tools(exchange), _outlet(request), request)
             parameters = self.router.tool_headers(exchange)
         if parameters:
             mirror.check_parameters(parameters, request.headers, exchange.message.param("arguments"))
 
     async def _answer_post(self, request: Request, exchange: Exchange) -> tuple[int, str]:
         """Status and reply, "" where it has been sent."""
+        outlet: PostOutlet | None = None
         event: Event | None = None
-        got = self._at_once(exchange)
-        if type(got) is Reply:
-            return self._final(exchange, got)
-        if type(got) is Call:
-            event = await self._first(request, exchange, got)
-            if type(event) is Reply:
-                return (200, "") if request.responded else self._final(exchange, event)
-        outlet = PostOutlet(request, lambda: Feed(0, None, owed=1), prime=False)
         try:
+            got = self._at_once(exchange)
             if got is None:
-                got = await _attended(request, self._slowly(exchange, outlet))
-            status, text = await self._attend(exchange, got, event, outlet, _Attendant(request))
+                outlet = _outlet(request)
+                got = await self._patiently(self._slowly(exchange), outlet, request)
+            if type(got) is Call and (outlet is None or outlet.feed is None):
+                event = await self._first(request, exchange, got)
+                if type(event) is Reply and request.responded:
+                    return 200, ""
+            outlet = outlet or _outlet(request)
+            status, text = await self._attend(exchange, got, event, outlet, request)
         except GatewayError as error:
-            if outlet.feed is None:
+            if outlet is None or outlet.feed is None:
                 raise
             status, text = self.refusal(error, exchange.message.method, exchange.message.id_text)
         if outlet.feed is None:
@@ -270,7 +315,7 @@ class ModernFront:
                 status, text = self._text(exchange, reply)
                 if text:
                     request.respond_now(status, text.encode())
-            except Exception:  # not in the link's task: the request's own meets it again
+            except ValueError:  # not in the link's task: the request's own meets it again
                 log.debug("a reply could not be sent at once", exc_info=True)
 
         call.on_reply = at_once
@@ -286,13 +331,9 @@ class ModernFront:
         self, request: Request, client: Client, principal: Principal, server_id: str | None, message: Message
     ) -> None:
         listening = Listening(self.router, client, principal, server_id, message, request.wake)
-        outlet = PostOutlet(request, lambda: Feed(0, None), prime=False)
+        outlet = _outlet(request)
         try:
-            self._waiting[listening] = outlet
-            try:
-                await _attended(request, listening.open())
-            finally:
-                del self._waiting[listening]
+            await self._patiently(listening.open(), outlet, request)
             await outlet.send(listening.acknowledgement())
             server = request.server
             comment_at = trio.current_time() + COMMENT_AFTER
@@ -323,8 +364,8 @@ class ModernFront:
         exchange = self._exchange(client, principal, server_id, message)
         got = self._at_once(exchange)
         if got is None:
-            got = await self._slowly(exchange, outlet)
-        return await self._attend(exchange, got, None, outlet, _following)
+            got = await self._patiently(self._slowly(exchange), outlet, None)
+        return await self._attend(exchange, got, None, outlet, None)
 
     def _exchange(self, client: Client, principal: Principal, server_id: str | None, message: Message) -> Exchange:
         router = self.router
@@ -390,26 +431,27 @@ class ModernFront:
             exchange.changes = {"requestState": quote(str(found))}
         return self.router.dispatch_now(exchange)
 
-    async def _slowly(self, exchange: Exchange, outlet: Outlet) -> Reply | Call:
-        """Dispatch what waits for a start, a slot or a list; ``run`` gives signs of life, which begin the stream."""
-        if exchange.message.method == DISCOVER:
-            return await self._discover(exchange)
-        self._waiting[exchange] = outlet
-        try:
+    async def _slowly(self, exchange: Exchange) -> Reply | Call:
+        """What may have to wait for a start, a slot or a list."""
+        if exchange.message.method != DISCOVER:
             return await self.router.dispatch(exchange)
-        finally:
-            del self._waiting[exchange]
-
-    async def _discover(self, exchange: Exchange) -> Reply:
         facts = dict(await self.router.discover(exchange.client, exchange.principal, exchange.server_id))
         facts.pop("serverInfo", None)
         facts.pop("protocolVersion", None)
         return Reply.result(_encode({"supportedVersions": list(MODERN_VERSIONS), **facts}))
 
     async def _attend(
-        self, exchange: Exchange, got: Reply | Call | Parked, event: Event | None, outlet: Outlet, following: Following
+        self,
+        exchange: Exchange,
+        got: Reply | Call | Parked,
+        event: Event | None,
+        outlet: Outlet,
+        request: Request | None,
     ) -> tuple[int, str]:
-        """Carry a request out from where it has got to: status and reply. Cancelled, it cancels the call."""
+        """Carry a request out from where it has got to: status and reply. Cancelled, it cancels the call.
+
+        So does the end of the client, where it is seen by the end of its ``request``: raises ClientGone.
+        """
         if type(got) is Reply:
             return self._final(exchange, got)
         asked = 0
@@ -426,7 +468,7 @@ class ModernFront:
                 event = await self._catch_up(exchange, call, outlet)
             while True:
                 if event is None:
-                    event = await following(call, outlet)
+                    event = await _next(call, outlet, request)
                     if event is None:
                         await outlet.comment()
                         continue
@@ -434,6 +476,9 @@ class ModernFront:
                     return self._final(exchange, event)
                 if type(event) is Ask:
                     asks, event = await self._gather(exchange, call, event, outlet)
+                    if asks and request is not None and request.look():
+                        self._give_up(call, asks)
+                        raise ClientGone
                     if asks:
                         keyed = {_key_of(ask, number): ask for number, ask in enumerate(asks, asked + 1)}
                         return 200, self._park(exchange, call, keyed, asked + len(asks))
@@ -442,8 +487,14 @@ class ModernFront:
                     await self._interim(exchange, event, outlet)
                 event = None
         except BaseException:
-            call.cancel(GONE)
+            self._give_up(call)
             raise
+
+    def _give_up(self, call: Call, asks: Iterable[Ask] = ()) -> None:
+        """Cancel a call. What it has asked is declined later, or a tool might take that for an answer and go on."""
+        self._unanswered += (*asks, *call.questions)
+        call.cancel(GONE)
+        self._busy.set()
 
     # ------------------------------------------------------------------------------------------ on the way to the reply
     async def _interim(self, exchange: Exchange, event: Interim, outlet: Outlet) -> None:
@@ -506,7 +557,7 @@ class ModernFront:
                     self._require(exchange, ask.message.method, params)
                     possible.append(ask)
         except BaseException:
-            _decline_all(asks)
+            self._give_up(call, asks)
             raise
         return possible, event
 
@@ -516,8 +567,10 @@ class ModernFront:
         try:
             requests = _encode({key: question_to_modern(ask.message) for key, ask in asks.items()})
             state = self.parking.park(call, asks, exchange.principal, binding, asked)
+            self._busy.set()
         except GatewayError:
-            _decline_all(asks.values())
+            for ask in asks.values():
+                decline(ask)  # before the call is cancelled: nobody refuses, the limit does
             raise
         return self._input_required(exchange, f'"inputRequests":{requests},"requestState":{quote(state)}')
 
@@ -632,73 +685,29 @@ def _answered(exchange: Exchange, parked: Parked) -> dict[str, Ask]:
     return missing
 
 
-def _decline_all(asks: Iterable[Ask]) -> None:
-    for ask in asks:
-        if ask.open:
-            decline(ask)
+def _outlet(request: Request) -> PostOutlet:
+    return PostOutlet(request, lambda: Feed(0, None, owed=1), prime=False)
 
 
-Following = Callable[[Call, Outlet], Awaitable[Event | None]]
-"""Waits for a call's next event; None when a comment is due."""
+async def _next(call: Call, outlet: Outlet, request: Request | None) -> Event | None:
+    """A call's next event; None when a comment is due. Raises ClientGone.
 
-
-async def _following(call: Call, outlet: Outlet) -> Event | None:
-    event = None
-    with trio.move_on_at(outlet.comment_at):
-        event = await call.next()
-    return event
-
-
-class _Attendant:
-    """Waits for a call's next event, and for the end of its client, at the connection: no task, scope or timer.
-
-    When all are slow, all are attended; that must not make them slower.
+    The end of the request's client is waited for as well, at the connection, which costs no task, scope or timer: when
+    all calls are slow, all clients are watched, and that must not make the calls slower.
     """
-
-    __slots__ = ("_request",)
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-
-    async def __call__(self, call: Call, outlet: Outlet) -> Event | None:
-        request = self._request
-        call.on_event = request.wake
-        try:
-            while not call.buffered:
-                comment_at = outlet.comment_at
-                if trio.current_time() >= comment_at:
-                    return None
-                if await request.wait(until=comment_at):
-                    raise ClientGone
-        finally:
-            call.on_event = None
-        return await call.next()
-
-
-async def _attended(request: Request, work: Awaitable[T]) -> T:
-    """Await what may take long, but only while the client is there. Raises ClientGone, and what ``work`` raises."""
-    done: list[T] = []
-    failed: GatewayError | None = None
+    event = None
+    if request is None:
+        with trio.move_on_at(outlet.comment_at):
+            event = await call.next()
+        return event
+    call.on_event = request.wake
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_when_gone, request, nursery.cancel_scope)
-            try:
-                done.append(await work)
-            except GatewayError as error:
-                failed = error  # raised outside, where no group is put around it
-            nursery.cancel_scope.cancel()
-    except BaseException:
-        for each in done:
-            if isinstance(each, Call):
-                each.cancel(GONE)
-        raise
-    if failed is not None:
-        raise failed
-    if not done:
-        raise ClientGone
-    return done[0]
-
-
-async def _cancel_when_gone(request: Request, scope: trio.CancelScope) -> None:
-    await request.wait_disconnected()
-    scope.cancel()
+        while not call.buffered:
+            comment_at = outlet.comment_at
+            if trio.current_time() >= comment_at:
+                return None
+            if await request.wait(until=comment_at):
+                raise ClientGone
+    finally:
+        call.on_event = None
+    return await call.next()

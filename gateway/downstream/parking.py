@@ -134,7 +134,7 @@ class Parked:
 
     def drop(self, reason: str) -> None:
         """Nobody comes back for it: its questions are declined, then it is cancelled."""
-        for ask in self.asks.values():
+        for ask in (*self.asks.values(), *self.call.questions):
             if ask.open:
                 decline(ask)
         self.call.cancel(reason)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import select
 import socket as stdlib_socket
 import sys
 import time
@@ -369,6 +370,18 @@ class Request(Head):
         while not connection.gone and not (self._head_only and self._streaming):
             await connection.watch()
 
+    def look(self) -> bool:
+        """Whether the client has gone by now. Never waits; from any task, and beside other methods.
+
+        For somebody who looks after many requests at once, and now and then.
+        """
+        connection = self._connection
+        if not connection.gone:
+            poll = select.poll()
+            poll.register(connection.fd, _HANGUP)
+            connection.gone = bool(poll.poll(0))
+        return connection.gone
+
     async def wait(self, until: float = INF) -> bool:
         """Wait for whichever comes first: ``wake``, the trio time ``until``, shutdown, or the client's end.
 
@@ -405,6 +418,10 @@ class Request(Head):
         if not connection.woken:
             connection.woken = True
             connection.nudge()
+
+
+# Linux also tells of a closed sending side.
+_HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
 class ServerConnection:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import signal
 from collections.abc import Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway.auth.principal import ANONYMOUS
+from gateway.downstream.modern import MAX_CONTEXTS, ModernFront
+from gateway.exchange import Client
+from gateway.protocol.message import decode_request
+from gateway.router import Router
 from tests.downstream.edge_kit import House, edge, entry
-from tests.downstream.legacy_kit import Peer, Response
+from tests.downstream.legacy_kit import Peer, Response, until
+from tests.running import ACCEPT, RunningGateway, echo_entry
 from tests.scripted import MemoryPipe, Script
 
 META = "io.modelcontextprotocol/"
@@ -165,6 +174,57 @@ async def test_notifications_are_taken_and_replies_are_not() -> None:
         assert (response.status, response.json["error"]["code"]) == (400, -32600)
 
 
+async def test_a_body_that_is_no_single_message_is_refused_after_what_comes_before_it() -> None:
+    version = {"mcp_protocol_version": "2026-07-28"}
+    hello = {"protocolVersion": "2025-03-26", "capabilities": {}, "clientInfo": {"name": "c", "version": "1"}}
+    async with edge(entry("s", Script())) as house:
+        opening = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello}
+        session = (await house.ask("POST", PATH, opening)).headers["mcp-session-id"]
+        batch = [{"jsonrpc": "2.0", "id": 1, "method": "ping"}]
+        for body, code in ((batch, -32600), (b"{", -32700), (b"7", -32600)):
+            response = await house.ask("POST", PATH, body, mcp_session_id=session, **version)
+            assert (response.status, response.json["error"]["code"]) == (400, code)
+            response = await house.ask("POST", PATH, body, accept="application/json", **version)
+            assert response.status == 406
+
+
+def test_a_client_is_the_same_in_all_its_requests() -> None:
+    front = ModernFront(cast(Router, None), {})
+
+    def client(capabilities: Any = None, **more: Any) -> Client:
+        message = decode_request(json.dumps(modern(meta=context(capabilities, **more))))
+        return front.client_of(ANONYMOUS, message)
+
+    assert client() is client() is client(progressToken=1) is client(traceparent="00-1-2-03")
+    assert client({"sampling": {}}).key != client().key
+    assert client({"sampling": {}, "x": {}}).key == client({"sampling": {}}).key  # can't be asked for
+    assert client(**{META + "logLevel": "info"}) is not client()
+    for number in range(MAX_CONTEXTS + 1):
+        client({"n": number})
+    assert len(front._contexts) == MAX_CONTEXTS
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {META + "protocolVersion": 1},
+        {META + "protocolVersion": None},
+        {META + "clientCapabilities": []},
+        {META + "clientCapabilities": None},
+        {META + "clientInfo": "me"},
+        {META + "logLevel": "loud"},
+        {META + "logLevel": []},
+    ],
+)
+async def test_what_a_request_says_of_its_client_must_be_complete(wrong: dict[str, Any]) -> None:
+    script = Script()
+    async with edge(entry("s", script)) as house:
+        response = await ask(house, modern(meta={**context(), **wrong}))
+        assert (response.status, response.json["error"]["code"]) == (400, -32602)
+        assert next(iter(wrong)) in response.json["error"]["message"]
+        assert script.starts == 0
+
+
 async def test_faults_are_told_as_section_7_has_them() -> None:
     async with edge(entry("s", Script(fail_starts=99))) as house:
         response = await ask(house, modern())
@@ -263,6 +323,123 @@ async def test_logs_that_nobody_asked_for_stay_here() -> None:
         assert response.json["result"]["content"] == []
 
 
+async def test_RB20_a_client_that_goes_away_while_it_waits_for_a_slot_has_called_nothing() -> None:
+    held: list[dict[str, Any]] = []
+
+    def answer(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+        if message.get("method") == "tools/list":
+            reply(pipe, message, tools=[])
+        elif message.get("method") == "tools/call":
+            held.append(message)
+
+    script = Script(answer=to_requests(answer))
+    async with edge(entry("s", script), max_connections_per_server=1) as house:
+        async with begun(house, modern()):
+            await until(lambda: held)
+            async with begun(house, modern()) as (_, peer):
+                await until(lambda: house.endpoint.modern._waiting)
+                await peer.stream.aclose()
+                await until(lambda: not house.endpoint.modern._waiting)
+            reply(script.pipe, held[0], content=[])
+            async with begun(house, modern(name="next")):
+                await until(lambda: len(held) == 2)
+        assert [m["params"]["name"] for m in held] == ["x", "next"]
+
+
+async def test_RB20_a_client_that_goes_away_while_its_server_starts_has_called_nothing(mock_clock: MockClock) -> None:
+    mock_clock.rate = 10
+    script = Script(start_seconds=5)
+    async with edge(entry("s", script)) as house:
+        async with begun(house, modern("prompts/list")) as (_, peer):
+            await until(lambda: script.starts)
+            await peer.stream.aclose()
+        assert (await ask(house, modern("prompts/get", name="x"))).status == 200
+        assert "prompts/list" not in script.methods()
+
+
+@pytest.mark.parametrize("start_seconds", [0, 40])
+async def test_a_long_silence_is_broken_by_comments_on_a_stream(mock_clock: MockClock, start_seconds: float) -> None:
+    mock_clock.rate = 100
+    held: list[tuple[MemoryPipe, dict[str, Any]]] = []
+    script = Script(answer=to_requests(lambda pipe, message: held.append((pipe, message))), start_seconds=start_seconds)
+    async with edge(entry("s", script), request_timeout_seconds=100) as house:
+        began = trio.current_time()
+        async with begun(house, modern("prompts/list", id="l")) as (opened, _):
+            while not opened:
+                await trio.sleep(0.1)
+            assert 15 <= trio.current_time() - began < 30
+            response = opened[0][1]
+            while response.raw.count(b":") < 2:
+                await response.chunk()
+            assert response.raw.replace(b":", b"").split() == []
+            while not held:
+                await trio.sleep(0.1)
+            reply(*held[0], prompts=[])
+            assert (await response.event()).json["id"] == "l"
+            assert await response.event() is None
+
+
+async def test_RB09_what_a_hostile_server_says_costs_its_own_request_only() -> None:
+    odd = [
+        b'{"jsonrpc":"2.0","id":ID,"error":{"code":[],"message":{}}}',
+        b'{"jsonrpc":"2.0","id":ID,"error":{"code":-32042,"message":1,"data":{"elicitations":[1,{"url":2}]}}}',
+        b'{"jsonrpc":"2.0","id":ID,"result":{"resultType":"input_required"}}',
+        b'{"jsonrpc":"2.0","id":ID,"result":{"resultType":"input_required","inputRequests":{"a":1e999}}}',
+        b'{"jsonrpc":"2.0","id":ID,"result":{"resultType":"input_required","inputRequests":[{}],"x":"\\ud800"}}',
+        b'{"jsonrpc":"2.0","id":ID,"result":[]}',
+    ]
+    before = b"".join(
+        b'{"jsonrpc":"2.0","method":"notifications/message","params":%s}\n' % params for params in (b"[]", b"{}", b"1")
+    )
+
+    def answer(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+        if message["method"] != "tools/call":
+            reply(pipe, message, tools=[])
+            return
+        line = odd[int(message["params"]["name"])].replace(b"ID", str(message["id"]).encode())
+        pipe.say_bytes(before + line + b"\n")
+
+    script = Script(answer=to_requests(answer))
+    meta = context({"elicitation": {"url": {}}}, **{META + "logLevel": "debug"})
+    async with edge(entry("s", script, isolation="session")) as house:
+        for number in range(len(odd)):
+            async with begun(house, modern(name=str(number), meta=meta)) as (opened, _):
+                await until(lambda: opened)
+                response = opened[0][1]
+                last = (await response.events())[-1].json if response.is_stream else json.loads(await response.read())
+                assert last["id"] == 1
+        assert script.starts == 1
+        wrong = {"resultType": "input_required", "requestState": "s"}
+        script.answer = to_requests(lambda pipe, message: reply(pipe, message, **wrong))
+        response = await ask(house, modern("prompts/list", meta=meta))
+        assert (response.status, response.json["error"]["code"]) == (200, -32603)
+
+
+async def test_RB26_halves_of_surrogate_pairs_pass() -> None:
+    half = "\ud800"
+    script = asking({"method": "elicitation/create", "params": {"message": half, "requestedSchema": {}}})
+    async with edge(entry("s", script, isolation="session")) as house:
+
+        async def half_way(body: dict[str, Any]) -> Any:
+            # The test client says what it repeats in headers in latin-1.
+            return (await ask(house, body, mcp_name="=?base64?eA==?=")).json
+
+        body = modern(meta=context(ASKABLE), arguments={half: half})
+        first = (await half_way(body))["result"]
+        (key,) = first["inputRequests"]
+        assert first["inputRequests"][key]["params"]["message"] == half
+        more = {"inputResponses": {key: {"content": {"a": half}}}, "requestState": first["requestState"]}
+        done = await half_way(modern(meta=context(ASKABLE), arguments={half: half}, **more))
+        assert json.loads(done["result"]["content"][0]["text"]) == [{"content": {"a": half}}]
+        version = modern(meta={**context(), META + "protocolVersion": half})
+        assert (await half_way(version))["error"]["code"] == -32020
+        listen = modern("subscriptions/listen", notifications={"resourceSubscriptions": [half]})
+        script.answer = None
+        async with begun(house, listen) as (opened, _):
+            await until(lambda: opened)
+            assert (await opened[0][1].event()).json["method"].endswith("/acknowledged")
+
+
 # ------------------------------------------------------------------------------------------------------------- parking
 async def test_B2_a_legacy_servers_questions_are_answered_by_the_retry() -> None:
     script = asking(FORM, ROOTS)
@@ -277,6 +454,7 @@ async def test_B2_a_legacy_servers_questions_are_answered_by_the_retry() -> None
         assert list(half["result"]["inputRequests"].values()) == [first["inputRequests"][two]]
         again = modern(id=3, meta=context(ASKABLE), requestState=half["result"]["requestState"])
         (key,) = half["result"]["inputRequests"]
+        assert key == two
         again["params"]["inputResponses"] = {key: {"roots": []}}
         done = (await ask(house, again)).json
         assert done["id"] == 3
@@ -297,8 +475,129 @@ async def test_B2_a_question_that_was_not_declared_is_refused_and_the_call_cance
         response = await ask(house, modern(meta=context({"sampling": {}})))
         assert (response.status, response.json["error"]["code"]) == (400, -32021)
         assert response.json["error"]["data"]["requiredCapabilities"] == {"elicitation": {"form": {}}}
+        await until(lambda: {"action": "cancel"} in [m.get("result") for m in script.seen])
+        # An answer before that would be one for the tool.
+        assert "notifications/cancelled" in [m.get("method") for m in script.seen[:-1]]
+
+
+def in_turn(*rounds: list[dict[str, Any]]) -> Script:
+    """A legacy server whose one call goes through these rounds of messages, each sent when the last is answered.
+
+    In a round, "TOKEN" stands for the call's progress token, and one with a result is the reply.
+    """
+    calls: list[dict[str, Any]] = []
+    left = [*rounds]
+
+    def answer(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+        if message.get("method") == "tools/list":
+            reply(pipe, message, tools=[])
+            return
+        if message.get("method") == "tools/call":
+            calls.append(message)
+        elif "method" in message:
+            return
+        token = calls[-1]["params"]["_meta"].get("progressToken")
+        for each in left.pop(0):
+            if "result" in each:
+                each = {**each, "id": calls[-1]["id"]}
+            pipe.say(json.loads(json.dumps({"jsonrpc": "2.0", **each}).replace('"TOKEN"', json.dumps(token))))
+
+    return Script(answer=answer)
+
+
+def progress(value: int) -> dict[str, Any]:
+    return {"method": "notifications/progress", "params": {"progressToken": "TOKEN", "progress": value}}
+
+
+async def test_B2_no_key_means_two_questions_of_one_call() -> None:
+    done = {"result": {"content": []}}
+    script = in_turn([{"id": "a", **FORM}], [{"id": "a", **FORM}, {"id": "b", **ROOTS}], [], [done])
+    keys: list[str] = []
+    async with edge(entry("s", script, isolation="session")) as house:
+        more: dict[str, Any] = {}
+        while True:
+            result = (await ask(house, modern(meta=context(ASKABLE), **more))).json["result"]
+            if result["resultType"] == "complete":
+                break
+            keys += result["inputRequests"]
+            more = {"requestState": result["requestState"]}
+            more["inputResponses"] = {key: {"action": "decline"} for key in result["inputRequests"]}
+    assert len(keys) == len(set(keys)) == 3
+
+
+async def test_of_the_progress_while_parked_the_latest_goes_on_under_the_new_token() -> None:
+    script = in_turn([progress(1), {"id": "a", **FORM}], [*map(progress, (5, 6)), {"result": {"content": []}}])
+    async with edge(entry("s", script, isolation="session")) as house:
+        body = modern(meta=context(ASKABLE, progressToken="old"))
+        async with begun(house, body) as (opened, _):
+            await until(lambda: opened)
+            first = [event.json for event in await opened[0][1].events()]
+        assert first[0]["params"] == {"progressToken": "old", "progress": 1}
+        token = next(m for m in script.seen if m.get("method") == "tools/call")["params"]["_meta"]["progressToken"]
+        for each in map(progress, (2, 3, 4)):
+            script.pipe.say(json.loads(json.dumps({"jsonrpc": "2.0", **each}).replace('"TOKEN"', str(token))))
         await wait_all_tasks_blocked()
-        assert "notifications/cancelled" in script.methods()
+        result = first[-1]["result"]
+        more = {"inputResponses": {key: {"action": "accept"} for key in result["inputRequests"]}}
+        again = modern(meta=context(ASKABLE, progressToken=7), requestState=result["requestState"], **more)
+        async with begun(house, again) as (opened, _):
+            await until(lambda: opened)
+            rest = [event.json for event in await opened[0][1].events()]
+    told = [m["params"] for m in rest if m.get("method") == "notifications/progress"]
+    assert told == [{"progressToken": 7, "progress": value} for value in (4, 5, 6)]
+    assert rest[-1]["result"]["resultType"] == "complete"
+
+
+async def test_B2_a_call_that_has_ended_meanwhile_asks_no_more() -> None:
+    script = in_turn([{"id": "a", **FORM}])
+    async with edge(entry("s", script, isolation="session")) as house:
+        state = (await ask(house, modern(meta=context(ASKABLE)))).json["result"]["requestState"]
+        call = next(m for m in script.seen if m.get("method") == "tools/call")
+        reply(script.pipe, call, content=[], gave="up")
+        await wait_all_tasks_blocked()
+        response = await ask(house, modern(meta=context(ASKABLE), requestState=state))
+        assert response.json["result"]["gave"] == "up"
+
+
+async def test_B2_a_client_that_goes_away_while_its_questions_are_gathered_is_asked_nothing() -> None:
+    script = asking(FORM, ROOTS)
+    async with edge(entry("s", script, isolation="session")) as house:
+        async with begun(house, modern(meta=context(ASKABLE))) as (opened, peer):
+            await until(lambda: "tools/call" in script.methods())
+            await peer.stream.aclose()
+            await until(lambda: "notifications/cancelled" in script.methods())
+            assert not opened
+        assert len(house.endpoint.modern.parking) == 0
+
+        def answers() -> list[Any]:
+            return [m.get("result", m.get("error", {}).get("code")) for m in script.seen if "method" not in m]
+
+        await until(lambda: answers() == [{"action": "cancel"}, -32601])  # or the server would count them as open
+
+
+@pytest.mark.parametrize("method", ["tools/list", "completion/complete"])
+async def test_B2_questions_that_no_retry_could_answer_are_declined(method: str) -> None:
+    def answer(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+        if message.get("method") == method:
+            calls.append(message)
+            pipe.say({"jsonrpc": "2.0", "id": "q", **FORM})
+        elif message.get("id") == "q":
+            reply(pipe, calls[-1], tools=[], completion={"values": []}, answered=message["result"])
+
+    calls: list[dict[str, Any]] = []
+    async with edge(entry("s", Script(answer=answer), isolation="session")) as house:
+        response = await ask(house, modern(method, meta=context(ASKABLE)))
+        assert response.json["result"]["answered"] == {"action": "cancel"}
+
+
+async def test_P8_more_parked_calls_than_a_principal_may_have_are_refused_and_declined() -> None:
+    script = asking(FORM)
+    async with edge(entry("s", script, isolation="session"), max_parked=4) as house:
+        assert (await ask(house, modern(meta=context(ASKABLE)))).status == 200
+        response = await ask(house, modern(meta=context(ASKABLE)))
+        assert (response.status, response.headers["retry-after"]) == (503, "1")
+        assert "max_parked" in response.json["error"]["message"]
+        await until(lambda: {"action": "cancel"} in [m.get("result") for m in script.seen])
 
 
 async def test_B2_a_lost_park_is_answered_in_the_clients_place(mock_clock: MockClock) -> None:
@@ -396,6 +695,27 @@ async def test_a_subscription_is_acknowledged_tagged_and_ended() -> None:
         with trio.fail_after(5):
             while "resources/unsubscribe" not in script.methods():
                 await trio.sleep(0.01)
+
+
+def test_C16_a_shutdown_ends_subscriptions_with_a_word(tmp_path: Path) -> None:
+    body = modern("subscriptions/listen", id="mine", notifications={"toolsListChanged": True})
+    headers = {name.replace("_", "-"): value for name, value in mirrored(body).items()}
+    with RunningGateway(tmp_path, [echo_entry("s")]) as gateway:
+        connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=20)
+        connection.request("POST", PATH, json.dumps(body), {"Accept": ACCEPT, **headers})
+        stream = connection.getresponse()
+        line = stream.readline
+        assert b"acknowledged" in b"".join(iter(line, b"\n"))
+        gateway.process.send_signal(signal.SIGTERM)
+        events = [json.loads(part.partition(b"data: ")[2]) for part in stream.read().split(b"\n\n") if part]
+        connection.close()
+        assert gateway.process.wait(20) == 0
+    result, cancelled = events
+    tag = {META + "subscriptionId": "mine"}
+    assert (result["id"], result["result"]["resultType"]) == ("mine", "complete")
+    assert result["result"]["_meta"].items() >= tag.items()
+    assert cancelled["method"] == "notifications/cancelled"
+    assert cancelled["params"] == {"requestId": "mine", "_meta": tag}
 
 
 @pytest.mark.parametrize("wanted", [None, [], {"resourceSubscriptions": "test://a"}, {"resourceSubscriptions": [1]}])

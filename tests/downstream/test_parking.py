@@ -111,21 +111,31 @@ async def test_a_parked_call_is_taken_once() -> None:
         lot.take(sealed, BINDING)
 
 
-async def test_a_modern_servers_state_is_held_by_nobody(autojump_clock: MockClock) -> None:
-    lot = ParkingLot(Settings)
-    sealed = lot.relay('st"ate', BINDING)
+def test_a_modern_servers_state_is_held_by_nobody() -> None:
+    now = [1000.0]
+    lot = ParkingLot(Settings, clock=lambda: now[0])
+    state = 'st"ate \ud800'
+    sealed = lot.relay(state, BINDING)
     assert len(lot) == 0
-    assert [lot.take(sealed, BINDING), lot.take(sealed, BINDING)] == ['st"ate', 'st"ate']
-    await trio.sleep(3601)
+    assert [lot.take(sealed, BINDING), lot.take(sealed, BINDING)] == [state, state]
+    now[0] += 3601
     with pytest.raises(ClientProtocolError, match="expired"):
         lot.take(sealed, BINDING)
 
 
 async def test_another_gateways_states_are_refused() -> None:
+    one, other = ParkingLot(Settings), ParkingLot(Settings)
+    for sealed in (one.relay("s", BINDING), one.park(call_at(Link()), {}, ANN, BINDING)):
+        with pytest.raises(ClientProtocolError, match="none of ours"):
+            other.take(sealed, BINDING)
+
+
+async def test_with_the_same_keys_only_what_nobody_holds_can_be_taken_elsewhere() -> None:
     sealer = Sealer([b"1" * 32])
     one, other = ParkingLot(Settings, sealer), ParkingLot(Settings, sealer)
+    assert other.take(one.relay("theirs", BINDING), BINDING) == "theirs"
     with pytest.raises(ClientProtocolError, match="restarted"):
-        other.take(one.relay("s", BINDING), BINDING)
+        other.take(one.park(call_at(Link()), {}, ANN, BINDING), BINDING)
 
 
 async def test_who_does_not_come_back_is_given_up(autojump_clock: MockClock) -> None:
@@ -145,6 +155,16 @@ async def test_who_does_not_come_back_is_given_up(autojump_clock: MockClock) -> 
     assert answers["roots/list"]["error"]["code"] == -32601
     with pytest.raises(ClientProtocolError, match="expired"):
         lot.take(sealed, BINDING)
+
+
+async def test_questions_that_came_while_nobody_was_there_are_declined_too() -> None:
+    lot = ParkingLot(Settings)
+    call = call_at(Link())
+    lot.park(call, {}, ANN, BINDING)
+    ask, answers = question()
+    call.deliver(ask)
+    lot.clear()
+    assert [answer["result"] for answer in answers] == [{"action": "cancel"}]
 
 
 async def test_a_call_that_ended_meanwhile_still_has_its_reply() -> None:
