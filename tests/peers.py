@@ -167,7 +167,7 @@ class Answer:
     """The response to one request, read as it comes."""
 
     def __init__(self, gateway: RunningGateway, method: str, path: str, body: Any, headers: Mapping[str, str]) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=SECONDS)
+        self._connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=3 * SECONDS)
         data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         try:
             self._connection.request(method, path, data, dict(headers))

@@ -360,6 +360,26 @@ def test_bridge_call_headers(cell: Cell) -> None:
         assert sent == (wanted if cell.back == "M" else {})
 
 
+@pytest.mark.parametrize("back", ["lpipe", "mpipe", "lhttp", "mhttp"])
+def test_bridge_call_without_a_session(house: House, back: str) -> None:
+    """A plain call is answered in the legacy dialect and can't be asked anything, so nothing is declared for it."""
+    tag = f"plain-{back}"
+    reply = house.gateway.rest(back, "tools/call", {"name": "echo", "arguments": {"text": "t", "tag": tag}})
+    assert reply["result"]["content"][0]["text"] == "t"
+    assert not set(CACHE) & set(reply["result"])
+    arrived = house.records[back].call(tag)
+    if back.startswith("m"):
+        assert arrived["params"]["_meta"][f"{META}clientCapabilities"] == {}
+    else:
+        (hello,) = [m for m in house.records[back].got("initialize") if m["params"]["capabilities"] == {}]
+        assert same(hello, arrived)
+    asked = house.gateway.rest(back, "tools/call", {"name": "ask", "arguments": {"kinds": ["roots"], "tag": tag}})
+    if back.startswith("m"):
+        assert asked["result"]["isError"] is True and "roots" in asked["result"]["content"][0]["text"]
+    else:
+        assert "error" in asked["result"]["content"][0]["text"], "it is told that nobody can be asked"
+
+
 def test_bridge_get(cell: Cell) -> None:
     client = cell.client()
     params = {"name": "greet", "arguments": {"name": "Ada", "tag": cell.tag}, "_meta": {"example.com/t": 1}}
@@ -610,6 +630,31 @@ def test_bridge_resource_updates_that_are_refused(cell: Cell) -> None:
     inbox = cell.listen(client, resourceSubscriptions=[bad, good], toolsListChanged=True)
     honoured = inbox.seen[0]["params"]["notifications"]
     assert honoured == {"toolsListChanged": True, "resourceSubscriptions": [good]}
+
+
+def test_bridge_resource_updates_at_the_merged_endpoint(cell: Cell) -> None:
+    uri = f"{cell.server}://watched"
+    client = cell.merger()
+    client.request("resources/list")
+    inbox = cell.listen(client, resourceSubscriptions=[uri])
+    client.call(f"{cell.server}__touch", uri=uri)
+    assert inbox.next("notifications/resources/updated")["params"]["uri"] == uri
+
+
+def test_bridge_resource_updates_after_a_restart(cell: Cell) -> None:
+    """A server that has lost what it was told is told it again."""
+    uri = f"{cell.server}://watched/{cell.tag}"
+    client = cell.sharer()
+    inbox = cell.listen(client, resourceSubscriptions=[uri])
+    if not cell.on_http:
+        assert client.call("crash").result["isError"] is True
+        # By hand, since it has crashed for the cell before, too, and would not be started again at once.
+        assert cell.merged.gateway.http("POST", f"/servers/{cell.server}/start")[0] == 200
+    elif cell.back == "L":
+        client.call("forget")
+    assert client.call("echo", text="up again").text == "up again"
+    client.call("touch", uri=uri)
+    assert inbox.next("notifications/resources/updated")["params"]["uri"] == uri
 
 
 # ------------------------------------------------------------------------------------------------- questions to clients

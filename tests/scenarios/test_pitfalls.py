@@ -177,7 +177,7 @@ def test_pitfall_2_a_list_without_an_end_ends(paged: House, front: str) -> None:
     merged.close()
 
 
-# --------------------------------------------------------------------------------------- 3. whose session is it upstream
+# -------------------------------------------------------------------------------------- 3. whose session is it upstream
 @pytest.mark.parametrize("server", ["lpipe", "lhttp"])
 def test_pitfall_3_sessions_have_their_own_state_and_keep_it(own: House, server: str) -> None:
     path = f"/servers/{server}/mcp"
@@ -220,7 +220,7 @@ def test_pitfall_3_a_parked_call_is_its_principals(own: House) -> None:
     assert "roots" in ann.request("tools/call", again).text
 
 
-# ------------------------------------------------------------------------------------------------- 4. later elicitations
+# ------------------------------------------------------------------------------------------------ 4. later elicitations
 @pytest.mark.parametrize("server", SERVERS)
 def test_pitfall_4_later_questions_belong_to_later_calls(own: House, front: str, server: str) -> None:
     client = client_of(front, own.gateway, f"/servers/{server}/mcp", headers=KEY)
@@ -273,7 +273,7 @@ def one_call(session: LegacyClient, params: Json, id: str, answerer: Any) -> Any
     return twin.request("tools/call", params, id=id)
 
 
-# ---------------------------------------------------------------------------------------------- 5. stale server sessions
+# --------------------------------------------------------------------------------------------- 5. stale server sessions
 def test_pitfall_5_a_lost_session_is_opened_anew(own: House, front: str) -> None:
     client = client_of(front, own.gateway, "/servers/lhttp/mcp", headers=KEY)
     record = own.records["lhttp"]
@@ -305,7 +305,7 @@ def test_pitfall_5_a_lost_server_is_an_error(front: str, tmp_path: Path) -> None
             assert client.call("echo", text="up").result["isError"] is True
 
 
-# ------------------------------------------------------------------------------------------------- 6. eras of both sides
+# ------------------------------------------------------------------------------------------------ 6. eras of both sides
 @pytest.mark.parametrize("carrier", ["pipe", "http"])
 def test_pitfall_6_the_clients_era_does_not_decide_the_servers(carrier: str, front: str, tmp_path: Path) -> None:
     """Whoever comes first: a shared server is spoken to in the modern era where it knows that."""
@@ -362,7 +362,7 @@ def test_pitfall_6_eras_alternate_on_one_connection(own: House) -> None:
     session.close()
 
 
-# ----------------------------------------------------------------------------------------------- 7. everything is passed
+# ---------------------------------------------------------------------------------------------- 7. everything is passed
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("merged", [False, True], ids=["own", "merged"])
 def test_pitfall_7_nothing_is_left_out(own: House, front: str, server: str, merged: bool) -> None:
@@ -390,7 +390,7 @@ def test_pitfall_7_nothing_is_left_out(own: House, front: str, server: str, merg
     client.close()
 
 
-# ------------------------------------------------------------------------------------------------- 8. servers' questions
+# ------------------------------------------------------------------------------------------------ 8. servers' questions
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("merged", [False, True], ids=["own", "merged"])
 def test_pitfall_8_questions_reach_the_client(own: House, front: str, server: str, merged: bool) -> None:
@@ -414,7 +414,7 @@ def test_pitfall_8_questions_reach_the_client(own: House, front: str, server: st
     client.close()
 
 
-# -------------------------------------------------------------------------------------------------------------- 9. names
+# ------------------------------------------------------------------------------------------------------------- 9. names
 def test_pitfall_9_names_are_short_unique_and_stay(front: str, tmp_path: Path) -> None:
     house = House(tmp_path)
     long_id = "a-server-with-a-name-that-somebody-thought-about-for-a-long-time"
@@ -433,15 +433,9 @@ def test_pitfall_9_names_are_short_unique_and_stay(front: str, tmp_path: Path) -
         assert len(both) == 2 * len(alone), "one of two is missing"
         assert all(re.fullmatch(r"[A-Za-z0-9_.-]{1,48}", name) for name in both)
         assert "short__echo" in both and "echo" not in both
-        for name, tool in both.items():
-            if "long_" in tool["name"] or name.startswith("a-server"):
-                continue
-            assert name.startswith("short__")
-        cut = [
-            name
-            for name in both
-            if "long_x" in name or (name.startswith("a-server") and "changed" not in both[name].get("description", ""))
-        ]
+        longs = {name for name, tool in both.items() if "description" not in tool}
+        assert {name for name in both if not name.startswith("short__")} == set(alone)
+        cut = [name for name in longs if both[name]["inputSchema"] == {"type": "object"}]
         assert len(cut) == 6
         for name in cut:
             assert client.call(name, text=name).text == name, "a name that was cut leads nowhere"
@@ -470,7 +464,30 @@ def test_pitfall_9_duplicates_are_renamed_not_dropped(front: str, tmp_path: Path
         assert house.gateway.wait_for_line("clashes with another server's")
 
 
-# ------------------------------------------------------------------------------------- 10. credentials and left processes
+@pytest.mark.parametrize("era", ["legacy", "modern"])
+def test_pitfall_9_a_clashing_resource_has_one_name_everywhere(front: str, era: str, tmp_path: Path) -> None:
+    """By the URI without its prefix a client would get to the other server."""
+    house = House(tmp_path)
+    for id in ("first", "second"):
+        house.pipe(id, era, "--name", "same")
+    with house:
+        client = client_of(front, house.gateway, "/mcp")
+        listed = items(client.pages("resources/list"), "resources")
+        uri = "second+same://watched"
+        assert uri in listed and "same://watched" in listed
+        inbox = client.listen(resourceSubscriptions=[uri])
+        client.call("first__touch", uri="same://watched")
+        client.call("second__touch", uri="same://watched")
+        assert inbox.next("notifications/resources/updated")["params"]["uri"] == uri
+        assert inbox.drained() == [], "it was not the other server's"
+        for name in ("second+same://static", "second+same://item/5"):
+            assert client.request("resources/read", {"uri": name}).result["contents"][0]["uri"] == name
+        assert client.call("second__blocks").result["content"][0]["uri"] == "second+same://static"
+        assert client.call("first__blocks").result["content"][0]["uri"] == "same://static"
+        inbox.close()
+
+
+# ----------------------------------------------------------------------------------- 10. credentials and left processes
 @pytest.mark.parametrize("server", ["lhttp", "mhttp"])
 def test_pitfall_10_no_header_of_a_client_goes_upstream(front: str, server: str, tmp_path: Path) -> None:
     house = House(tmp_path, api_key="client-key")

@@ -425,7 +425,7 @@ def test_wire_codes_of_the_other_era_reach_nobody(house: House) -> None:
     assert client.call("fail", code=-32042, data={"nothing": "to open"}).error["code"] == -32603
 
 
-# ---------------------------------------------------------------------------------------------------- servers in trouble
+# ------------------------------------------------------------------------------------------------------ servers in trouble
 @pytest.fixture(scope="module")
 def rough(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """A gateway whose servers can't be started, or once only."""
