@@ -186,13 +186,15 @@ class Router:
         if spec.isolation == "call":
             return None
         unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
-        return unit.begin(exchange) if unit.try_enter(exchange.deadline) else None
+        if not unit.try_enter(exchange.deadline):
+            return None
+        return _listed(unit, exchange) if message.method in LISTS else unit.begin(exchange)
 
-    async def _to(self, spec: ServerSpec, exchange: Exchange) -> Call:
+    async def _to(self, spec: ServerSpec, exchange: Exchange) -> Reply | Call:
         unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
         if not unit.try_enter(exchange.deadline):
             await unit.enter(exchange.deadline)
-        return unit.begin(exchange)
+        return _listed(unit, exchange) if exchange.message.method in LISTS else unit.begin(exchange)
 
     # ------------------------------------------------------------------------------ resources/subscribe, setLevel
     async def _subscribe(self, exchange: Exchange, unit: Unit) -> Reply:
@@ -480,6 +482,18 @@ class Router:
     def close(self, client: Client) -> None:
         """A client's session is over."""
         self.supervisor.close_client(client)
+
+
+def _listed(unit: Unit, exchange: Exchange) -> Reply | Call:
+    """A list from the unit, with a slot taken. A modern client may have been claimed more than the server has, before
+    that was known (``discover``): what it has none of is an empty list.
+    """
+    method = exchange.message.method
+    capability = "resources" if method.startswith("resources") else method.partition("/")[0]
+    if exchange.client.era is not Era.MODERN or capability in unit.facts.get("capabilities", {}):
+        return unit.begin(exchange)
+    unit.leave()
+    return Reply.result(f'{{"{LISTS[method][0]}":[]}}')
 
 
 def _headers_of(listing: Listing) -> dict[str, tuple[HeaderParameter, ...]]:

@@ -261,6 +261,19 @@ async def test_list_changed_of_a_list_that_nobody_asked_for_is_passed_on(start: 
     assert (woken, subscription.take()) == ([1], [("a", "tools")])
 
 
+async def test_what_a_server_lacks_is_an_empty_list_to_who_was_claimed_it(start: Any) -> None:
+    house = await start(a=tool_server("x"))
+    modern = Client("modern:1", Era.MODERN, "2026-07-28")
+    assert "prompts" in (await house.router.discover(modern, ANONYMOUS, "a"))["capabilities"]
+    for _ in range(2):  # while it starts, and when it runs
+        assert (await house.ask("a", "prompts/list", client=modern)).result == {"prompts": []}
+    assert house.supervisor.status("a").connection_count == 0
+    assert "prompts" not in (await house.router.discover(modern, ANONYMOUS, "a"))["capabilities"]
+    assert "prompts/list" not in house.scripts["a"].methods()
+    await house.ask("a", "prompts/list")
+    assert "prompts/list" in house.scripts["a"].methods()  # a session knows what the server can
+
+
 async def test_resource_subscriptions_of_many_clients_are_one_upstream(start: Any) -> None:
     house = await start(a=tool_server("x"))
     others = [Client(k, Era.LEGACY, "2025-11-25", owner=Owner()) for k in "123"]
