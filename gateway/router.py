@@ -205,7 +205,7 @@ class Router:
         if exchange.client.owner is None:
             return Reply.error(METHOD_NOT_FOUND, "resources/subscribe needs a session")
         native = loads((exchange.changes or {}).get("uri", "null")) or uri
-        return Reply(await unit.subscribe(native, exchange.client, exchange.deadline))
+        return Reply(await unit.subscribe(native, exchange.client, exchange.deadline, uri))
 
     async def _unsubscribe(self, exchange: Exchange, unit: Unit) -> Reply:
         uri = exchange.message.param("uri")

@@ -153,7 +153,7 @@ class Unit:
         self.retired = False
         self.audience: Audience = None
         self.unhealthy = ""
-        self.subscribers: dict[str, dict[Client, None]] = {}
+        self.subscribers: dict[str, dict[Client, str]] = {}
         self._counters = supervisor.counters_of(spec.id)
         self._scope: trio.CancelScope | None = None
         self._idle_at = inf
@@ -669,9 +669,9 @@ class Unit:
             self._list_changed(topic)
         elif method == "notifications/resources/updated":
             uri = message.param("uri")
-            for client in self.subscribers.get(uri, ()) if type(uri) is str else ():
+            for client, shown in self.subscribers.get(uri, {}).items() if type(uri) is str else ():
                 if client.owner is not None:
-                    client.owner.mark(f"resource:{uri}")
+                    client.owner.mark(f"resource:{shown}")
         elif owner is not None:
             owner.notify(message.text)
         else:
@@ -773,13 +773,15 @@ class Unit:
         return Listing(method, tuple(items), 0 if ttl == inf else int(ttl), public)
 
     # --------------------------------------------------------------------------------------------------- subscriptions
-    async def subscribe(self, uri: str, client: Client, deadline: float) -> Message:
+    async def subscribe(self, uri: str, client: Client, deadline: float, shown: str = "") -> Message:
         """Have a client told of a resource's updates: one subscription at the server, however many clients.
+
+        ``shown`` is the URI under which the client knows it, where that is another one.
 
         The server's reply to it, or one of ours where it was subscribed already. Raises what ``enter`` raises.
         """
         if uri in self.subscribers and self.link is not None:
-            self.subscribed(uri, client)
+            self.subscribed(uri, client, shown)
             return decode_reply(build_result("0", "{}"))
         await self.enter(deadline)
         try:
@@ -789,16 +791,16 @@ class Unit:
             self._counters.requests += 1
             reply = await link.subscribe(uri, max(0.0, deadline - trio.current_time()))
             if reply.kind is RESULT:
-                self.subscribed(uri, client)
+                self.subscribed(uri, client, shown)
             return reply
         finally:
             self.leave()
 
-    def subscribed(self, uri: str, client: Client) -> None:
+    def subscribed(self, uri: str, client: Client, shown: str = "") -> None:
         """A client has subscribed to a resource: the unit stays up for it (compat L9)."""
         clients = self.subscribers.setdefault(uri, {})
         if client not in clients:
-            clients[client] = None
+            clients[client] = shown or uri
             self.hold()
 
     def unsubscribed(self, uri: str, client: Client) -> bool:

@@ -293,6 +293,20 @@ async def test_resource_subscriptions_of_many_clients_are_one_upstream(start: An
     assert methods().count("resources/unsubscribe") == 1
 
 
+async def test_updates_of_clashing_resources_come_under_the_names_that_were_listed(start: Any) -> None:
+    house = await start(a=tool_server("x"), b=tool_server("x"))
+    listed = json.loads((await house.ask(None, "resources/list")).text)["result"]["resources"]
+    names = [item["uri"] for item in listed]
+    assert names == ["test://x", "b+test://x"]
+    for uri in names:
+        assert "error" not in (await house.ask(None, "resources/subscribe", {"uri": uri})).text
+    for id in "ab":
+        note = {"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": {"uri": "test://x"}}
+        house.scripts[id].pipe.say(note)
+        await wait_all_tasks_blocked()
+    assert house.client.owner.marks == ["resource:test://x", "resource:b+test://x"]
+
+
 async def test_notifications_reach_running_servers_only(start: Any) -> None:
     house = await start(a=tool_server("x"))
 
