@@ -14,9 +14,9 @@ from typing import Any, Final
 import attrs
 
 from gateway.config.model import ServerSpec
-from gateway.protocol.message import dumps, quote
+from gateway.protocol.message import ERROR, Message, build_result, decode_reply, dumps, quote
 
-__all__ = ["LISTS", "NAME_LIMIT", "Listing", "Merged", "Route", "merge", "prefix_of"]
+__all__ = ["LISTS", "NAME_LIMIT", "Listing", "Merged", "Route", "merge", "prefix_of", "with_names"]
 
 UNAVAILABLE: Final = "io.github.open-mcp-gateway/unavailable"
 """The ``_meta`` key under which a merged list names the servers that are not in it, and why."""
@@ -57,13 +57,15 @@ class Route:
 class Merged:
     """One list over several servers: the result as JSON text and decoded, and the way back from each name.
 
-    ``problems`` holds a sentence for each name that had to be changed beyond its prefix.
+    ``renamed`` holds by server id what is called otherwise here than there (URIs only), ``problems`` a sentence for
+    each name that had to be changed beyond its prefix.
     """
 
     text: str
     result: Mapping[str, Any]
     routes: Mapping[str, Route]
     problems: tuple[str, ...] = ()
+    renamed: Mapping[str, Mapping[str, str]] = attrs.field(factory=dict)
     cache: tuple[int, str] = (0, "private")
 
 
@@ -98,6 +100,7 @@ def merge(
     texts: list[str] = []
     items: list[Mapping[str, Any]] = []
     problems: list[str] = []
+    renamed: dict[str, dict[str, str]] = {}
     listings = list(listings)
     for spec, listing in listings:
         prefix = "" if by_uri else prefix_of(spec)
@@ -111,6 +114,8 @@ def merge(
                 problems.append(f"{method}: '{own}' of '{spec.id}' clashes with another server's; it is '{name}'")
                 if name in routes:
                     continue
+                if by_uri:
+                    renamed.setdefault(spec.id, {})[own] = name
             routes[name] = Route(spec, own)
             items.append(item if name == own else {**item, key: name})
             texts.append(dumps(items[-1]))
@@ -123,4 +128,36 @@ def merge(
     ttl = 0 if missing else min((listing.ttl_ms for _, listing in listings), default=0)
     public = not missing and all(listing.public and spec.isolation == "shared" for spec, listing in listings)
     text = f"{{{quote(member)}:[{','.join(texts)}]{meta}}}"
-    return Merged(text, result, routes, tuple(problems), (ttl, "public" if public and texts else "private"))
+    cache = (ttl, "public" if public and texts else "private")
+    return Merged(text, result, routes, tuple(problems), renamed, cache)
+
+
+def with_names(message: Message, names: Mapping[str, str]) -> Message:
+    """A reply in which resources have the URIs that the client knows (``names``: the server's -> ours), wherever the
+    specification has one: contents that were read, links and embedded resources, data of errors.
+    """
+    if type(message.result) is not dict or not any(uri in message.text for uri in names):
+        return message
+    result = dict(message.result)
+    for member in ("contents", "content", "messages"):
+        if type(result.get(member)) is list:
+            result[member] = [_named(part, names) for part in result[member]]
+    data = result.get("data") if message.kind is ERROR else None
+    if type(data) is dict:
+        result["data"] = _named(data, names)
+    text = dumps(result)
+    if message.kind is ERROR:
+        return decode_reply(f'{{"jsonrpc":"2.0","id":{message.id_text},"error":{text}}}')
+    return decode_reply(build_result(message.id_text, text))
+
+
+def _named(part: Any, names: Mapping[str, str]) -> Any:
+    if type(part) is not dict:
+        return part
+    found = dict(part)
+    if type(part.get("uri")) is str:
+        found["uri"] = names.get(part["uri"], part["uri"])
+    for member in ("resource", "content"):  # embedded, and what a prompt's message holds
+        if type(part.get(member)) is dict:
+            found[member] = _named(part[member], names)
+    return found

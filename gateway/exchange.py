@@ -101,6 +101,7 @@ class Exchange:
     server_id  the server its endpoint is bound to, None at the merged endpoint
     changes    members of params to replace on the way to the server (name -> JSON text), such as a native tool name
     deadline   trio time by which the client is answered
+    rewrite    puts the client's names for things into the reply, where the server has others
     """
 
     message: Message
@@ -110,6 +111,7 @@ class Exchange:
     server_id: str | None
     deadline: float
     changes: dict[str, str] | None = None
+    rewrite: Callable[[Message], Message] | None = None
     on_end: Callable[[Call], None] | None = None
     on_stay: Callable[[], None] | None = None
     on_park: Callable[[Exchange], None] | None = None
@@ -304,7 +306,7 @@ class Call:
         """The client is back, with another request for the same call."""
         former = self.exchange
         exchange.on_end, exchange.on_stay, exchange.on_park = former.on_end, former.on_stay, former.on_park
-        exchange.changes = former.changes
+        exchange.changes, exchange.rewrite = former.changes, former.rewrite
         self.parked = False
         self.exchange = exchange
         self.grant(exchange.deadline)
@@ -340,6 +342,8 @@ class Call:
         """Hand over the reply; the call is done. Later ones are ignored."""
         if self.done:
             return
+        if self.exchange.rewrite is not None:
+            reply = Reply(self.exchange.rewrite(reply.message))
         self.end()
         task = self._task
         if task is not None:

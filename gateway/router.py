@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from json import loads
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ import trio
 from gateway.auth.principal import Principal
 from gateway.config.model import ServerSpec
 from gateway.config.snapshot import Snapshot
-from gateway.directory import LISTS, Listing, Merged, Route, merge
+from gateway.directory import LISTS, Listing, Merged, Route, merge, with_names
 from gateway.errors import GatewayError, ServerProtocolError, UnknownTarget, UpstreamTimeout
 from gateway.exchange import Ask, Call, Client, Exchange, Reply, decline
 from gateway.hub import ALL, Hub, Subscription
@@ -277,15 +278,26 @@ class Router:
         if not isinstance(name, str):
             return Reply.error(INVALID_PARAMS, f"params.{key} must be a string")
         route = await self._resolve(table, name, exchange)
+        by_uri = key == "uri"
         if route is not None:
             if route.name != name:
                 exchange.changes = {**(exchange.changes or {}), key: dumps(route.name)}
             if method in SPECIAL:
                 unit = self.supervisor.unit(route.spec, exchange.client, exchange.principal)
                 return await SPECIAL[method](self, exchange, unit)
+            names = self._renamed(route, name if by_uri else "", exchange)
+            if names:
+                exchange.rewrite = partial(with_names, names=names)
             return await self._to(route.spec, exchange)
-        what = "Resource" if key == "uri" else "Prompt" if table == "prompts/list" else "Tool"
-        return Reply.error(absent, f"{what} '{name[:200]}' not found", {"uri": name} if key == "uri" else None)
+        what = "Resource" if by_uri else "Prompt" if table == "prompts/list" else "Tool"
+        return Reply.error(absent, f"{what} '{name[:200]}' not found", {"uri": name} if by_uri else None)
+
+    def _renamed(self, route: Route, uri: str, exchange: Exchange) -> Mapping[str, str]:
+        """What the client calls otherwise than the server, as far as it was listed. ``uri`` is what it asked for."""
+        specs = self.visible(exchange.principal, exchange.snapshot)
+        listed = self._known("resources/list", specs, exchange)[0]
+        names = self._joined("resources/list", listed, {}).renamed.get(route.spec.id, {})
+        return {**names, route.name: uri} if uri and uri != route.name else names
 
     async def _resolve(self, table: str, name: str, exchange: Exchange) -> Route | None:
         """Where a merged name leads. What is listed already answers first, so one dead server delays nobody else."""

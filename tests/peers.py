@@ -470,7 +470,8 @@ class ModernClient:
         self, method: str, params: Json | None = None, *, token: Any = None, id: Any = None, **headers: str | None
     ) -> Answer:
         """A request whose answer is read elsewhere."""
-        return self.send(self.message(method, params, token=token, id=id), **headers)
+        message = self.message(method, params, token=token, id=id)
+        return self.send(message, "POST", **headers)
 
     def finish(self, answer: Answer) -> Reply:
         """Read an answer to its end."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from gateway.config.model import ServerSpec
-from gateway.directory import NAME_LIMIT, Listing, merge, shorten
+from gateway.directory import NAME_LIMIT, Listing, merge, shorten, with_names
+from gateway.protocol.message import decode_reply
 
 
 def spec(id: str, prefix: str | None = None) -> ServerSpec:
@@ -58,3 +59,29 @@ def test_items_without_a_usable_name_are_left_out() -> None:
     items = ({"name": 5}, {"x": 1}, {"name": ""}, {"name": "ok"})
     merged = merge("tools/list", [(spec("a"), Listing("tools/list", items))])
     assert names(merged.text) == ["a__ok"]
+
+
+def test_a_clashing_resource_has_the_clients_name_wherever_the_reply_has_it() -> None:
+    names = {"x://a": "b+x://a"}
+    link = {"type": "resource_link", "uri": "x://a", "name": "a"}
+    embedded = {"type": "resource", "resource": {"uri": "x://a", "text": "x://a"}}
+    result = {
+        "contents": [{"uri": "x://a", "text": "t"}, {"uri": "x://other", "text": "t"}],
+        "content": [link, embedded, {"type": "text", "text": "x://a"}],
+        "messages": [{"role": "user", "content": embedded}],
+        "own": {"uri": "x://a"},
+    }
+    reply = decode_reply(json.dumps({"jsonrpc": "2.0", "id": 7, "result": result}))
+    renamed = with_names(reply, names)
+    assert renamed.id == 7
+    assert [part["uri"] for part in renamed.result["contents"]] == ["b+x://a", "x://other"]
+    assert renamed.result["content"][0]["uri"] == "b+x://a"
+    assert renamed.result["content"][1]["resource"] == {"uri": "b+x://a", "text": "x://a"}
+    assert renamed.result["content"][2]["text"] == "x://a"
+    assert renamed.result["messages"][0]["content"]["resource"]["uri"] == "b+x://a"
+    assert renamed.result["own"] == {"uri": "x://a"}
+    error = {"code": -32002, "message": "no", "data": {"uri": "x://a"}}
+    refused = with_names(decode_reply(json.dumps({"jsonrpc": "2.0", "id": 7, "error": error})), names)
+    assert refused.result["data"] == {"uri": "b+x://a"}
+    other = decode_reply('{"jsonrpc":"2.0","id":7,"result":{"content":[]}}')
+    assert with_names(other, names) is other

@@ -64,7 +64,8 @@ def exchange_of(era: Era, name: str, **arguments: Any) -> Exchange:
 
 async def conversation(call: Call) -> tuple[Json, list[str], list[str]]:
     """The result of a call, the questions that were answered on the way, and the notifications."""
-    asked, notes = [], []
+    asked: list[str] = []
+    notes: list[str] = []
     while True:
         event = await call.next()
         if isinstance(event, Reply):
