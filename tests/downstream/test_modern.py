@@ -364,7 +364,7 @@ async def test_a_long_silence_is_broken_by_comments_on_a_stream(mock_clock: Mock
     script = Script(answer=to_requests(lambda pipe, message: held.append((pipe, message))), start_seconds=start_seconds)
     async with edge(entry("s", script), request_timeout_seconds=100) as house:
         began = trio.current_time()
-        async with begun(house, modern("prompts/list", id="l")) as (opened, _):
+        async with begun(house, modern("resources/list", id="l")) as (opened, _):
             while not opened:
                 await trio.sleep(0.1)
             assert 15 <= trio.current_time() - began < 30
@@ -374,7 +374,7 @@ async def test_a_long_silence_is_broken_by_comments_on_a_stream(mock_clock: Mock
             assert response.raw.replace(b":", b"").split() == []
             while not held:
                 await trio.sleep(0.1)
-            reply(*held[0], prompts=[])
+            reply(*held[0], resources=[])
             assert (await response.event()).json["id"] == "l"
             assert await response.event() is None
 
