@@ -411,7 +411,7 @@ async def test_RB09_what_a_hostile_server_says_costs_its_own_request_only() -> N
         assert script.starts == 1
         wrong = {"resultType": "input_required", "requestState": "s"}
         script.answer = to_requests(lambda pipe, message: reply(pipe, message, **wrong))
-        response = await ask(house, modern("prompts/list", meta=meta))
+        response = await ask(house, modern("resources/list", meta=meta))
         assert (response.status, response.json["error"]["code"]) == (200, -32603)
 
 
