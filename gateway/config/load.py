@@ -6,21 +6,23 @@ Import it when a file is to be loaded and not before: it brings ruamel.yaml and 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 import attrs
 
+from gateway.config.checks import TIDY_ID, check_key, check_of
 from gateway.config.model import (
     API_KEY_VARIABLE,
+    Annotations,
     Catalog,
     Secret,
     ServerSpec,
     Settings,
-    StringMap,
-    Tenant,
+    Shaping,
+    ViewSpec,
     parse_listen_addr,
     reveal,
 )
@@ -70,8 +72,8 @@ def load_settings(
 ) -> Loaded[Settings]:
     """The config at ``path`` (None: the defaults), with ``overrides`` from the command line on top, None in them aside.
 
-    ``catalog_path`` comes out usable: relative to the config's folder, or to the working directory where it comes from
-    the command line (compat C5, G3). Blocks. Raises ConfigError with all problems.
+    ``catalog_path`` and ``state_dir`` come out usable: relative to the config's folder, or to the working directory
+    where they come from the command line (compat C5, G3). Blocks. Raises ConfigError with all problems.
     """
     document, root = read(path, environ, strict=True) if path is not None else (Document(COMMAND_LINE, environ), None)
     if root is None:
@@ -79,8 +81,10 @@ def load_settings(
     settings = _structure(root, Settings)
     overridden = _overridden(document, overrides or {})
     if settings is not None:
-        if path is not None and "catalog_path" not in overridden:
-            overridden["catalog_path"] = path.parent / _expanded(settings.catalog_path, environ)
+        for key in ("catalog_path", "state_dir"):
+            written: Path | None = getattr(settings, key)
+            if path is not None and written is not None and key not in overridden:
+                overridden[key] = path.parent / _expanded(written, environ)
         settings = attrs.evolve(settings, **overridden, variables=frozenset(root.entry.variables))
         settings = _with_api_key(settings, root, environ)
         _check_tenants(settings, root)
@@ -118,7 +122,7 @@ def _with_api_key(settings: Settings, root: Item, environ: Mapping[str, str]) ->
         return settings
     key = Secret(f"${{{API_KEY_VARIABLE}}}", value, ((API_KEY_VARIABLE, value),))
     try:
-        _check_key(key)
+        check_key(key)
     except ValueError as error:
         root.entry.document.problems.append(Problem(f"the environment variable {API_KEY_VARIABLE}: {error}"))
     return attrs.evolve(settings, api_key=key)
@@ -177,25 +181,42 @@ def load_catalog(path: Path, environ: Mapping[str, str], spec_types: Mapping[str
     plain, root = read(path, environ, strict=False)
     document = _CatalogDocument(plain.file, environ, strict=False, digest=plain.digest, spec_types=spec_types)
     servers: list[ServerSpec] = []
+    views: list[ViewSpec] = []
     variables: dict[str, frozenset[str]] = {}
     if root is not None:  # else all is commented out, which is a catalog of no servers
-        _read_servers(attrs.evolve(root, entry=Entry(document)), servers, variables)
+        top = _top_of(attrs.evolve(root, entry=Entry(document)))
+        _read_servers(top.get("servers", []), document, servers, variables)
+        _read_views(top.get("views", []), document, views)
+        _warn_of_empty_selections(top.get("views", []), views, servers)
     document.check()
     unset = frozenset(name for spec in servers for name in spec.unset)
-    return Loaded(Catalog(tuple(servers), path, variables), document.sorted_warnings(), unset, document.digest)
+    catalog = Catalog(tuple(servers), path, variables, tuple(views))
+    return Loaded(catalog, document.sorted_warnings(), unset, document.digest)
 
 
-def _read_servers(root: Item, servers: list[ServerSpec], variables: dict[str, frozenset[str]]) -> None:
-    document = root.entry.document
+def _top_of(root: Item) -> dict[str, list[Item]]:
+    """The entries of each list of a catalog. Problems go to the document."""
+    problems = root.entry.document.problems
     try:
         top = root.members()
-        warn_unknown(top, {"servers"})
+        warn_unknown(top, {"servers", "views"})
         if "servers" not in top:
-            raise root.mistake("missing required field: servers")
-        items = [] if top["servers"].kind == "nothing" else top["servers"].elements()
+            problems.append(root.problem("missing required field: servers"))
     except Mistakes as mistakes:
-        document.problems.extend(mistakes.problems)
-        return
+        problems.extend(mistakes.problems)
+        return {}
+    found: dict[str, list[Item]] = {}
+    for key in ("servers", "views"):
+        try:
+            found[key] = top[key].elements() if key in top and top[key].kind != "nothing" else []
+        except Mistakes as mistakes:
+            problems.extend(mistakes.problems)
+    return found
+
+
+def _read_servers(
+    items: list[Item], document: Document, servers: list[ServerSpec], variables: dict[str, frozenset[str]]
+) -> None:
     seen: set[str] = set()
     for index, item in enumerate(items):
         item = attrs.evolve(item, entry=Entry(document, f"Server at index {index}"), path="")
@@ -232,6 +253,73 @@ def _read_server(item: Item, seen: set[str]) -> ServerSpec | None:
     return attrs.evolve(spec, runtime_type=entry.runtime_type, unset=tuple(sorted(entry.unset)))
 
 
+def _read_views(items: list[Item], document: Document, views: list[ViewSpec]) -> None:
+    seen: set[str] = set()
+    for index, item in enumerate(items):
+        entry = Entry(document, f"View at index {index}")
+        item = attrs.evolve(item, entry=entry, path="")
+        try:
+            named = item.members(note=False).get("name")
+            name = _CONVERTER.structure(named, str) if named is not None and named.kind == "text" else ""
+        except Mistakes as mistakes:
+            document.problems.extend(mistakes.problems)
+            continue
+        if named is not None and name:
+            entry.name = f"View '{name}'"
+            if name in seen:
+                document.problems.append(named.place(f"Duplicate view name: {name}"))
+            seen.add(name)
+        view = _structure(item, ViewSpec)
+        # Half a pattern could show what must be hidden; a server can wait for its variable, a view can't.
+        for variable in sorted(entry.unset):
+            document.problems.append(item.problem(f"the environment variable {variable} is not set"))
+        if view is not None:
+            views.append(view)
+        if document.hopeless:
+            return
+
+
+def _warn_of_empty_selections(items: list[Item], views: list[ViewSpec], servers: list[ServerSpec]) -> None:
+    """A pattern that selects nothing is more likely a typing error than a wish."""
+    ids, tags = [spec.id for spec in servers], {tag for spec in servers for tag in spec.tags}
+    if len(views) != len(items):
+        return  # there are problems, which come first
+    for item, view in zip(items, views, strict=True):
+        item = attrs.evolve(item, entry=Entry(item.entry.document, f"View '{view.name}'"), path="")
+        warnings = item.entry.document.warnings
+        for key in ("servers", "exclude"):
+            for index, pattern in enumerate(getattr(view, key)):
+                if not any(fnmatchcase(id, pattern) for id in ids):
+                    warnings.append(item.at(key, index).problem(f"no server has an id like {pattern!r}"))
+        for index, tag in enumerate(view.tags):
+            if tag not in tags:
+                warnings.append(item.at("tags", index).problem(f"no server has the tag {tag!r}"))
+
+
+def _annotate(item: Item, _: Any = None) -> tuple[tuple[str, Annotations], ...]:
+    """A map of patterns to hints."""
+    found: list[tuple[str, Annotations]] = []
+    problems: list[Problem] = []
+    for pattern, hints in item.members().items():
+        try:
+            found.append((pattern, _CONVERTER.structure(hints, Annotations)))
+        except Mistakes as mistakes:
+            problems.extend(mistakes.problems)
+    if problems:
+        raise Mistakes(problems)
+    return tuple(sorted(found, key=lambda pair: pair[0]))
+
+
+def _allow(item: Item, _: Any = None) -> tuple[str, ...] | None:
+    """Nothing after the colon could mean all or nothing."""
+    if item.blank:
+        raise item.mistake("must not be empty; write [] to show nothing, or leave it out to show all")
+    if item.kind == "nothing":
+        return None
+    patterns: tuple[str, ...] = _CONVERTER.structure(item, tuple[str, ...])
+    return patterns
+
+
 def _runtime(item: Item, _: Any = None) -> Any:
     """The ``runtime`` map: its ``type`` picks the class. The keys are named as if they stood in the entry itself."""
     entry = item.entry
@@ -248,106 +336,7 @@ def _runtime(item: Item, _: Any = None) -> Any:
     return _CONVERTER.structure(attrs.evolve(item, path="", hidden=frozenset({"type"})), spec_class)
 
 
-# ------------------------------------------------------------------------------------------------- what values must be
-TIDY_ID: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-MAX_ID: Final = 128
-MAX_SECONDS: Final = 1_000_000_000
-ABOVE_ZERO: Final = {
-    "request_timeout_seconds",
-    "start_timeout_seconds",
-    "session_idle_seconds",
-    "park_timeout_seconds",
-}
-"""Times without a meaning for 0. Of the others, 0 is never, off, or at once."""
-
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_PRINTABLE: Final = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
-_PLUGIN: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_PREFIX: Final = re.compile(r"[A-Za-z0-9_.-]*")
-
-
-def _check_id(value: str) -> None:
-    """An id is a part of a URL's path, of tool names and of log lines."""
-    if not value:
-        raise ValueError("must not be empty")
-    if len(value) > MAX_ID:
-        raise ValueError(f"must not be longer than {MAX_ID} characters")
-    if "/" in value or _CONTROL.search(value) or value in (".", ".."):
-        raise ValueError("must not hold a / or a control character, nor be . or ..")
-
-
-def _check_key(value: str | Secret | None) -> None:
-    if value is None:
-        return
-    text = reveal(value)
-    if not text:
-        raise ValueError("must not be empty; leave it out to serve everybody")
-    if not _PRINTABLE.fullmatch(text):
-        raise ValueError("can't be sent in a header: only printable ASCII, no white space at its ends (a newline?)")
-
-
-def _check_env(value: StringMap) -> None:
-    for name, _ in value:
-        if not name or "=" in name:
-            raise ValueError(f"{name!r} can't be the name of a variable")
-
-
-def _check_prefix(value: str | None) -> None:
-    if value is not None and (len(value) > MAX_ID or not _PREFIX.fullmatch(value)):
-        raise ValueError("only letters, digits, _ . and - belong in a tool's name")
-
-
-def _check_plugins(value: tuple[str, ...]) -> None:
-    for name in value:
-        if not _PLUGIN.fullmatch(name):
-            raise ValueError(f"expected module:NAME, got {name!r}")
-
-
-def _check_filled(value: object) -> None:
-    if not str(value) or value == Path():
-        raise ValueError("must not be empty")
-
-
-def _check_seconds(value: float | None) -> None:
-    if value is not None and not 0 <= value <= MAX_SECONDS:
-        raise ValueError("must not be negative" if value < 0 else f"must not be above {MAX_SECONDS}")
-
-
-def _check_seconds_above_zero(value: float | None) -> None:
-    _check_seconds(value)
-    if value == 0:
-        raise ValueError("must be above 0")
-
-
-def _check_count(value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError("must be at least 1")
-
-
-CHECKS: Final[Mapping[tuple[type, str], Callable[[Any], object]]] = {
-    (Settings, "listen_addr"): parse_listen_addr,
-    (Settings, "catalog_path"): _check_filled,
-    (Settings, "api_key"): _check_key,
-    (Settings, "runtimes"): _check_plugins,
-    (Tenant, "id"): _check_filled,
-    (Tenant, "api_key"): _check_key,
-    (ServerSpec, "id"): _check_id,
-    (ServerSpec, "namespace"): _check_filled,
-    (ServerSpec, "env"): _check_env,
-    (ServerSpec, "prefix"): _check_prefix,
-}
-"""Of single keys. Numbers are checked by how their keys begin and end; spec classes check themselves."""
-
-
-def _check_of(owner: type, name: str) -> Callable[[Any], object] | None:
-    if owner in (Settings, ServerSpec):
-        if name.endswith("_seconds"):
-            return _check_seconds_above_zero if name in ABOVE_ZERO else _check_seconds
-        if name.startswith("max_"):
-            return _check_count
-    return CHECKS.get((owner, name))
-
-
+# ------------------------------------------------------------------------------------- keys with rules of their own
 def _api_key(item: Item, _: Any = None) -> str | Secret | None:
     """Nothing after the colon is more likely a mistake than the wish to serve everybody."""
     if item.blank:
@@ -359,7 +348,7 @@ def _misplaced(owner: type, name: str, item: Item) -> str:
     """What a key on the wrong side of ``runtime`` should have been."""
     document = item.entry.document
     if isinstance(document, _CatalogDocument):
-        if owner is not ServerSpec and name in attrs.fields_dict(ServerSpec):
+        if owner in document.spec_types.values() and name in attrs.fields_dict(ServerSpec):
             return "; it belongs beside runtime, not into it"
         if owner is ServerSpec and any(name in attrs.fields_dict(spec) for spec in document.spec_types.values()):
             return "; it belongs into runtime"
@@ -367,7 +356,16 @@ def _misplaced(owner: type, name: str, item: Item) -> str:
 
 
 _CONVERTER: Final = make_converter(
-    Rules({(Settings, "api_key"): _api_key, (ServerSpec, "runtime"): _runtime}, _check_of, _misplaced)
+    Rules(
+        {
+            (Settings, "api_key"): _api_key,
+            (ServerSpec, "runtime"): _runtime,
+            (Shaping, "allow"): _allow,
+            (Shaping, "annotate"): _annotate,
+        },
+        check_of,
+        _misplaced,
+    )
 )
 
 

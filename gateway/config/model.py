@@ -16,6 +16,7 @@ import attrs
 
 __all__ = [
     "API_KEY_VARIABLE",
+    "Annotations",
     "Catalog",
     "EraChoice",
     "Isolation",
@@ -24,9 +25,12 @@ __all__ = [
     "Secret",
     "ServerSpec",
     "Settings",
+    "Shaping",
     "StringMap",
     "Tenant",
     "Text",
+    "ViewMode",
+    "ViewSpec",
     "parse_listen_addr",
     "reveal",
     "secrets_of",
@@ -35,6 +39,7 @@ __all__ = [
 
 Isolation = Literal["shared", "session", "tenant", "principal", "call"]
 EraChoice = Literal["auto", "legacy", "modern"]
+ViewMode = Literal["list", "search"]
 LogLevel = Literal["trace", "debug", "info", "warn", "error"]
 
 API_KEY_VARIABLE: Final = "MCP_GATEWAY_API_KEY"
@@ -96,12 +101,75 @@ class Tenant:
     namespaces: tuple[str, ...] = ()
 
 
+@attrs.frozen
+class Annotations:
+    """Hints that replace a server's own ("Tool Annotations" and "Annotations" of the specification); None keeps them.
+
+    The first five are for tools, ``audience`` and ``priority`` (0 to 1) for resources.
+    """
+
+    title: str | None = None
+    read_only: bool | None = None
+    destructive: bool | None = None
+    idempotent: bool | None = None
+    open_world: bool | None = None
+    audience: tuple[Literal["user", "assistant"], ...] | None = None
+    priority: float | None = None
+
+
+@attrs.frozen
+class Shaping:
+    """What clients see of a server's tools, prompts or resources, and as what.
+
+    allow     patterns of what is shown; None shows all
+    deny      patterns of what is not shown, whatever ``allow`` says
+    rename    name -> the name clients see (a resource keeps its URI and gets another ``name``)
+    describe  pattern -> the description clients see
+    annotate  pattern -> hints that replace the server's (tools and resources)
+
+    Patterns are shell-style (``*``, ``?``, ``[a-z]``), case-sensitive, and match whole names; of resources the URI, of
+    resource templates the URI template. Of several that match, names go before wildcards and long ones before short. An
+    entry's shaping meets the server's own names, a view's those of the view.
+    """
+
+    allow: tuple[str, ...] | None = None
+    deny: tuple[str, ...] = ()
+    rename: StringMap = StringMap()
+    describe: StringMap = StringMap()
+    annotate: tuple[tuple[str, Annotations], ...] = ()
+
+
+@attrs.frozen
+class ViewSpec:
+    """A named selection of the catalog's servers, with an endpoint of its own.
+
+    servers   ids or patterns of ids; a server with one of ``tags`` is in it, too. Without both: every server
+    exclude   ids or patterns of ids of servers that are not in it
+    prefix    what stands before names, ``{id}`` being the server's id; None for each server's own prefix
+    mode      "list" lists what the servers have, "search" three tools that find and call them
+    """
+
+    name: str
+    description: str = ""
+    servers: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    prefix: str | None = None
+    mode: ViewMode = "list"
+    tools: Shaping = Shaping()
+    prompts: Shaping = Shaping()
+    resources: Shaping = Shaping()
+
+
 @attrs.frozen(cache_hash=True)
 class ServerSpec:
     """One entry of the catalog. ``runtime`` is a runtime's own spec; None for an override means the config's value.
 
     ``runtime_type`` is the ``type`` as it was written. With ``unset`` variables the entry is shown but must not be
     started: what they are part of is empty, or only something of the right type (compat G16).
+
+    What only clients see of it (``presentation``) does not count when entries are compared: an entry of which nothing
+    else was edited keeps its server running.
     """
 
     id: str
@@ -115,20 +183,35 @@ class ServerSpec:
     namespace: str = "default"
     isolation: Isolation = "shared"
     era: EraChoice = "auto"
-    prefix: str | None = None
+    prefix: str | None = attrs.field(default=None, eq=False)
+    tools: Shaping = attrs.field(default=Shaping(), eq=False)
+    prompts: Shaping = attrs.field(default=Shaping(), eq=False)
+    resources: Shaping = attrs.field(default=Shaping(), eq=False)
     idle_timeout_seconds: float | None = None
     request_timeout_seconds: float | None = None
     start_timeout_seconds: float | None = None
     stop_grace_seconds: float | None = None
     max_connections_per_server: int | None = None
+    max_units_per_server: int | None = None
     max_message_bytes: int | None = None
     health_check_interval_seconds: float | None = None
     unset: tuple[str, ...] = attrs.field(default=(), metadata=NOT_YAML)
+    shaped: bool = attrs.field(init=False, default=False, eq=False, repr=False)
+    """Whether clients see anything of it otherwise than the server has it, prefixes aside."""
+
+    def __attrs_post_init__(self) -> None:
+        shaped = any(shaping != Shaping() for shaping in (self.tools, self.prompts, self.resources))
+        object.__setattr__(self, "shaped", shaped)
 
     @property
     def name(self) -> str:
         """What people call it."""
         return self.display_name or self.id
+
+    @property
+    def presentation(self) -> tuple[object, ...]:
+        """What clients see of it and its process does not know of."""
+        return self.prefix, self.tools, self.prompts, self.resources
 
     def or_default(self, key: str, settings: Settings) -> Any:
         """This entry's value of an overridable key, else the config's."""
@@ -162,10 +245,15 @@ class Settings:
     park_timeout_seconds: float = 300
     max_parked: int = 1000
     max_units: int = 500
+    max_units_per_server: int = 100
     max_parallel_starts: int = 8
     max_body_bytes: int = 4 * 1024 * 1024
     max_message_bytes: int = 16 * 1024 * 1024
     max_connections: int = 4096
+    tool_name_limit: int = 48
+    list_timeout_seconds: float = 10
+    list_page_size: int = 1000
+    state_dir: Path | None = None
     runtimes: tuple[str, ...] = ()
     variables: frozenset[str] = attrs.field(default=frozenset(), metadata=NOT_YAML)
     """The variables that the config names in ``${}``."""
@@ -173,7 +261,7 @@ class Settings:
 
 @attrs.frozen
 class Catalog:
-    """The servers in the order of the file. ``variables`` are the names in ``${}`` by server id.
+    """The servers and views in the order of the file. ``variables`` are the names in ``${}`` by server id.
 
     They are not part of the specs: a server that is told the same under another name has not changed (compat W5).
     """
@@ -181,10 +269,13 @@ class Catalog:
     servers: tuple[ServerSpec, ...] = ()
     path: Path = Path("catalog.yaml")
     variables: Mapping[str, frozenset[str]] = attrs.field(factory=dict, eq=False)
+    views: tuple[ViewSpec, ...] = ()
     by_id: Mapping[str, ServerSpec] = attrs.field(init=False, eq=False, repr=False)
+    view_by_name: Mapping[str, ViewSpec] = attrs.field(init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "by_id", {s.id: s for s in self.servers})
+        object.__setattr__(self, "view_by_name", {v.name: v for v in self.views})
 
 
 # ----------------------------------------------------------------------------------------------- what a server inherits

@@ -8,7 +8,7 @@ import attrs
 
 from gateway.config.model import Catalog, ServerSpec, Settings
 
-__all__ = ["Difference", "Snapshot", "diff"]
+__all__ = ["Difference", "Snapshot", "diff", "same"]
 
 
 @attrs.frozen
@@ -50,6 +50,11 @@ def diff(old: Catalog, new: Catalog) -> Difference:
     return Difference(
         added=tuple(i for i in after if i not in before),
         removed=tuple(i for i in before if i not in after),
-        modified=tuple(i for i, s in after.items() if i in before and before[i] != s),
-        unchanged=tuple(i for i, s in after.items() if i in before and before[i] == s),
+        modified=tuple(i for i, s in after.items() if i in before and not same(before[i], s)),
+        unchanged=tuple(i for i, s in after.items() if i in before and same(before[i], s)),
     )
+
+
+def same(one: ServerSpec, other: ServerSpec) -> bool:
+    """Whether two entries are written alike. Equal ones may still be shown to clients in different ways."""
+    return one == other and one.presentation == other.presentation

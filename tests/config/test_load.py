@@ -853,12 +853,12 @@ class TestExample:
 
     def test_catalog_example_uncommented(self, desk: Desk) -> None:
         """What is commented out works, and with it every type that K28 promises to accept."""
-        text = re.sub(
-            r"^#(?=  )", "", self.TEXT.partition("servers:")[1] + self.TEXT.partition("servers:")[2], flags=re.M
-        )
+        said = "".join(self.TEXT.partition("servers:")[1:])
+        text = re.sub(r"^#(?=  |views:)", "", said, flags=re.M)
         path = desk.write("catalog.yaml", text)
         environ = self.ENVIRON | {"HOME": "/home/me", "REMOTE_TOKEN": "t", "BOX_TOKEN": "b"}
         loaded = load_catalog(path, environ, spec_types(RUNTIMES))
         assert loaded.warnings == ()
         types = [spec.runtime_type for spec in loaded.value.servers]
         assert types == ["local-process", "local-process", "remote-sse", "docker", "k8s-job", "k8s-service"]
+        assert [(view.name, view.mode) for view in loaded.value.views] == [("desk", "search")]
