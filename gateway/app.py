@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,14 +35,19 @@ from gateway.config.model import (
     ServerSpec,
     Settings,
     StringMap,
+    ViewSpec,
     parse_listen_addr,
     secrets_of,
     server_environment,
 )
-from gateway.config.snapshot import Difference, Snapshot, diff
-from gateway.errors import ConfigError, Problem, StartFailed
-from gateway.exchange import Client
-from gateway.hub import Hub
+from gateway.config.snapshot import Difference, Snapshot, diff, same
+from gateway.directory import LISTS, Plan, merge
+from gateway.directory.merge import shortened
+from gateway.directory.shelf import Volume
+from gateway.directory.store import Store, encoded, state_folder
+from gateway.errors import ConfigError, Problem, StartFailed, UnknownTarget
+from gateway.exchange import Client, Target, ViewName
+from gateway.hub import ALL, Hub
 from gateway.protocol.eras import LATEST_LEGACY, Era
 from gateway.router import Router
 from gateway.runtimes import RUNTIMES, ProcessGuard, by_type, load_plugins
@@ -50,24 +55,41 @@ from gateway.runtimes.base import Runtime, Surroundings
 from gateway.supervisor import Directions, Supervisor, Unit
 from gateway.telemetry import logs
 from gateway.telemetry.record import ServerStatus
+from gateway.views import servers_of
 
-__all__ = ["Gateway", "HttpOptions", "Sources", "StdioOptions", "check", "run_http", "run_stdio"]
+__all__ = [
+    "Gateway",
+    "HttpOptions",
+    "Read",
+    "Sources",
+    "StdioOptions",
+    "check",
+    "overrides",
+    "read_or_complain",
+    "run_http",
+    "run_stdio",
+    "set_up_logs",
+    "store_of",
+]
 
 log = logging.getLogger("gateway_http")
 core_log = logging.getLogger("gateway_core")
 watch_log = logging.getLogger("catalog_watcher")
 
 LIST_TOPICS: Final = ("tools", "prompts", "resources")
+SAVE_PAUSE: Final = 1.0
+"""Seconds for which changed lists are gathered before they are written to disk."""
 
 
 @attrs.frozen
 class HttpOptions:
-    """The command line of ``http`` and ``check``."""
+    """The command line of ``http``, ``check`` and ``warm``."""
 
     config: Path | None = None
     listen_addr: str | None = None
     log_level: str | None = None
     catalog: Path | None = None
+    state_dir: Path | None = None
 
 
 @attrs.frozen
@@ -79,6 +101,9 @@ class StdioOptions:
     gateway: str | None = None
     log_level: str | None = None
     config: Path | None = None
+    state_dir: Path | None = None
+    view: str | None = None
+    mode: str = ""
 
 
 @attrs.frozen
@@ -124,10 +149,11 @@ class Sources:
 class Gateway:
     """The running gateway without a front: snapshot, supervisor, router, reload.
 
-    ``read`` gives what the files say at the start; ``sources`` reads them again. One exists for each process.
+    ``read`` gives what the files say at the start; ``sources`` reads them again. ``store`` keeps what servers list, and
+    is read at once, so this blocks. One exists for each process.
     """
 
-    def __init__(self, sources: Sources, read: Read) -> None:
+    def __init__(self, sources: Sources, read: Read, store: Store | None = None) -> None:
         self.sources = sources
         self.snapshot = Snapshot(read.settings, read.catalog)
         self.started = trio.current_time()
@@ -143,6 +169,38 @@ class Gateway:
             Directions(read.runtimes, self._surroundings, lambda: self.snapshot.settings, info), self.hub
         )
         self.router = Router(self.supervisor, self.hub, lambda: self.snapshot, info)
+        self._store = store
+        self._unsaved: set[ServerSpec] = set()
+        self._to_save = trio.Event()
+        if store is not None:
+            store.load(read.catalog.servers, self._remember)
+            self.supervisor.shelf.on_change = self._changed
+
+    # --------------------------------------------------------------------------------------------- what servers list
+    def _remember(self, spec: ServerSpec, volume: Volume) -> None:
+        self.supervisor.shelf.remember(spec, volume.facts, volume.listings.values())
+
+    def _changed(self, spec: ServerSpec) -> None:
+        self._unsaved.add(spec)
+        self._to_save.set()
+
+    def save(self, specs: Collection[ServerSpec]) -> None:
+        """Write what is known of these servers. Blocks; raises nothing."""
+        assert self._store is not None
+        for spec in specs:
+            volume = self.supervisor.shelf.volume(spec)
+            self._store.save(spec, encoded(attrs.evolve(volume, listings=dict(volume.listings))))
+
+    async def _save_changes(self) -> None:
+        """Write what changes, a little later: lists come in groups."""
+        assert self._store is not None
+        await trio.to_thread.run_sync(self._store.prune)
+        while True:
+            await self._to_save.wait()
+            await trio.sleep(SAVE_PAUSE)
+            self._to_save = trio.Event()
+            unsaved, self._unsaved = self._unsaved, set()
+            await trio.to_thread.run_sync(self.save, unsaved)
 
     # ------------------------------------------------------------------------------------------------------- servers
     def _surroundings(self, spec: ServerSpec) -> Surroundings:
@@ -172,13 +230,32 @@ class Gateway:
             path = self.snapshot.catalog.path
             watch_log.info("Catalog changed, reloading...")
             watch_log.info("Reloading catalog from: %s", path)
+            kept: list[tuple[ServerSpec, Volume]] = []
+
+            def read_files() -> Read:
+                read = self.sources.read()
+                if self._store is not None:
+                    known = set(self.snapshot.catalog.servers)
+                    new = [spec for spec in read.catalog.servers if spec not in known]
+                    self._store.load(new, lambda spec, volume: kept.append((spec, volume)))
+                return read
+
             try:
-                read = await trio.to_thread.run_sync(self.sources.read)
+                read = await trio.to_thread.run_sync(read_files)
             except ConfigError as error:
                 watch_log.error("Failed to parse catalog: %s", error)
                 watch_log.warning("Keeping previous catalog due to %s error", error.kind)
                 raise
-            return self._apply(read)
+            applied = self._apply(read)
+            for spec, volume in kept:
+                self._remember(spec, volume)
+            self._tell_views()
+            return applied
+
+    def _tell_views(self) -> None:
+        """Have every view looked at again: who sees another list now is told (protocol.md section 5, freshness)."""
+        for topic in LIST_TOPICS:
+            self.hub.publish(ALL, topic)
 
     def _apply(self, read: Read) -> tuple[Difference, int]:
         old = self.snapshot
@@ -186,7 +263,7 @@ class Gateway:
             watch_log.warning("%s", problem)
         # Equal definitions stay the same objects, so that looking their units up stays a comparison of identities.
         before = old.catalog.by_id
-        servers = tuple(before[s.id] if before.get(s.id) == s else s for s in read.catalog.servers)
+        servers = tuple(before[s.id] if s.id in before and same(before[s.id], s) else s for s in read.catalog.servers)
         catalog = attrs.evolve(read.catalog, servers=servers)
         changes = diff(old.catalog, catalog)
         settings = read.settings
@@ -197,6 +274,7 @@ class Gateway:
         self.snapshot = Snapshot(settings, catalog, old.generation + 1)
         self.supervisor.directions = attrs.evolve(self.supervisor.directions, runtimes=read.runtimes)
         self.supervisor.apply(catalog)
+        self.router.views.apply(self.snapshot)
         for server_id in (*changes.added, *changes.removed, *changes.modified):
             for topic in LIST_TOPICS:
                 self.hub.publish(server_id, topic)
@@ -232,9 +310,14 @@ class Gateway:
         """Run servers for as long as ``front`` runs, then stop them all; bounded by their stop grace."""
         async with self._guard, trio.open_nursery() as house:
             await house.start(self.supervisor.run)
+            await house.start(self.hub.run)
+            if self._store is not None:
+                house.start_soon(self._save_changes)
             try:
                 await front()
             finally:
+                if self._unsaved:
+                    self.save(self._unsaved)
                 house.cancel_scope.cancel()
 
     async def signals(self) -> None:
@@ -254,7 +337,7 @@ class Gateway:
 
 
 # ------------------------------------------------------------------------------------------------------ the modes
-def _set_up_logs(read: Read, level: str | None, default: str | None = None) -> None:
+def set_up_logs(read: Read, level: str | None, default: str | None = None) -> None:
     settings = read.settings
     logs.setup(logs.choose_level(level, os.environ.get("RUST_LOG"), default or settings.log_level), settings.log_format)
 
@@ -264,29 +347,62 @@ def _say_problems(problems: Sequence[Problem], what: str) -> None:
         print(f"{what}: {problem}", file=sys.stderr)
 
 
-def _overrides(options: HttpOptions | StdioOptions) -> dict[str, object]:
+def overrides(options: HttpOptions | StdioOptions) -> dict[str, object]:
     found: dict[str, object] = {}
     if options.catalog is not None:
         found["catalog_path"] = options.catalog.absolute()
+    if options.state_dir is not None:
+        found["state_dir"] = options.state_dir.absolute()
     if isinstance(options, HttpOptions) and options.listen_addr is not None:
         found["listen_addr"] = options.listen_addr
     return found
 
 
+def store_of(settings: Settings) -> Store | None:
+    folder = state_folder(settings.state_dir, os.environ)
+    return Store(folder) if folder is not None else None
+
+
 def check(options: HttpOptions) -> int:
     """Read config and catalog as ``http`` would, print every problem and warning on stderr: 0 if they can be used."""
-    sources = Sources(options.config, _overrides(options))
+    sources = Sources(options.config, overrides(options))
     try:
         read = sources.read()
     except ConfigError as error:
         _say_problems(error.problems, "error")
         return 1
     _say_problems(read.warnings, "warning")
+    for text in _name_warnings(read):
+        print(f"warning: {text}", file=sys.stderr)
     print(f"OK: {len(read.catalog.servers)} servers in {read.catalog.path}")
     return 0
 
 
-def _read_or_complain(sources: Sources) -> Read | None:
+def _name_warnings(read: Read) -> list[str]:
+    """What clients would not find under the name that one expects, as far as it is known what servers list."""
+    known: dict[ServerSpec, Volume] = {}
+    store = store_of(read.settings)
+    if store is not None:
+        store.load(read.catalog.servers, known.__setitem__)
+    limit = read.settings.tool_name_limit
+    found: dict[str, None] = {}
+    for view in (None, *read.catalog.views):
+        plan = Plan(view, limit=limit)
+        specs = read.catalog.servers if view is None else servers_of(view, read.catalog.servers)
+        where = f"view '{view.name}': " if view is not None else ""
+        for method in LISTS:
+            lists = [(spec, known[spec].listings.get(method)) for spec in specs if spec in known]
+            pairs = [(spec, listing) for spec, listing in lists if listing is not None]
+            for problem in merge(method, pairs, plan).problems:
+                found[where + problem] = None
+            for spec, listing in pairs:
+                for wanted, name in shortened(spec, listing, plan):
+                    text = f"{where}'{wanted}' of '{spec.id}' is too long (tool_name_limit is {limit}) or not legal"
+                    found[f"{text}; it is '{name}'"] = None
+    return list(found)
+
+
+def read_or_complain(sources: Sources) -> Read | None:
     try:
         return sources.read()
     except ConfigError as error:
@@ -296,11 +412,11 @@ def _read_or_complain(sources: Sources) -> Read | None:
 
 def run_http(options: HttpOptions) -> int:
     """The daemon: 0 after a clean stop, 1 for bad files or a port that can't be had."""
-    sources = Sources(options.config, _overrides(options))
-    read = _read_or_complain(sources)
+    sources = Sources(options.config, overrides(options))
+    read = read_or_complain(sources)
     if read is None:
         return 1
-    _set_up_logs(read, options.log_level)
+    set_up_logs(read, options.log_level)
     from gateway.downstream.server import bind
 
     host, port = parse_listen_addr(read.settings.listen_addr)
@@ -317,7 +433,7 @@ async def _http(sources: Sources, read: Read, sockets: Sequence[Any], level: str
     from gateway.downstream.endpoint import Endpoint
     from gateway.downstream.server import Server, serve
 
-    house = Gateway(sources, read)
+    house = Gateway(sources, read, store_of(read.settings))
     log.info("Starting Open MCP Gateway")
     for problem in read.warnings:
         log.warning("%s", problem)
@@ -401,6 +517,18 @@ class _Operations:
         """See ``Operations``."""
         return self._house.router.visible(principal, self._house.snapshot)
 
+    def views(self, principal: Principal) -> list[tuple[ViewSpec, str, Sequence[str], int | None]]:
+        """See ``Operations``."""
+        house = self._house
+        found: list[tuple[ViewSpec, str, Sequence[str], int | None]] = []
+        for view in house.snapshot.catalog.views:
+            with contextlib.suppress(UnknownTarget):
+                face = house.router.views.face(ViewName(view.name), principal)
+                table = face.table("tools/list", house.supervisor)
+                tools = len(table.texts) if face.complete["tools/list"] else None
+                found.append((view, view.mode, [spec.id for spec in face.specs], tools))
+        return found
+
     def status(self, server_id: str) -> ServerStatus:
         """See ``Operations``."""
         return self._house.supervisor.status(server_id)
@@ -445,23 +573,23 @@ def run_stdio(options: StdioOptions) -> int:
     """One desktop client on stdin and stdout: 0 at its end, 1 for bad files or an unknown server, 2 for wrong usage."""
     if options.gateway is not None:
         try:
-            read = _through(options.gateway, options.server)
+            read = _through(options.gateway, options.server, options.view, options.mode)
         except ValueError as error:
             print(f"gateway-stdio: --gateway: {error}", file=sys.stderr)
             return 2
         sources = Sources()
     else:
-        sources = Sources(options.config, _overrides(options), _of_one_client)
+        sources = Sources(options.config, overrides(options), _of_one_client)
         if options.catalog is None and not _has_catalog(sources):
             text = "no catalog: name one with --catalog, or a running gateway with --gateway"
             print(f"gateway-stdio: {text}", file=sys.stderr)
             return 2
-        found = _read_or_complain(sources)
+        found = read_or_complain(sources)
         if found is None:
             return 1
         read = found
-    _set_up_logs(read, options.log_level, "warn")
-    log.info("Starting gateway-stdio for server: %s", options.server or "(all)")
+    set_up_logs(read, options.log_level, "warn")
+    log.info("Starting gateway-stdio for server: %s", options.server or options.view or "(all)")
     for problem in read.warnings:
         log.warning("%s", problem)
     return trio.run(_stdio, sources, read, options)
@@ -483,7 +611,7 @@ def _of_one_client(spec: ServerSpec) -> ServerSpec:
     return attrs.evolve(spec, isolation="session") if spec.isolation == "shared" else spec
 
 
-def _through(url: str, server_id: str | None) -> Read:
+def _through(url: str, server_id: str | None, view: str | None = None, mode: str = "") -> Read:
     """A catalog of one: a running gateway (design.md section 8, compat S8, C15). Raises ValueError for a bad URL.
 
     Limits in time and number are that gateway's to set, so there are none here.
@@ -497,7 +625,7 @@ def _through(url: str, server_id: str | None) -> Read:
     )
     spec = ServerSpec(
         server_id or "gateway",
-        ThroughSpec(url, server_id or "", headers),
+        ThroughSpec(url, server_id or "", headers, view or "", mode),
         RUNTIME.type,
         isolation="session",
         prefix="",
@@ -513,12 +641,16 @@ def _through(url: str, server_id: str | None) -> Read:
 async def _stdio(sources: Sources, read: Read, options: StdioOptions) -> int:
     from gateway.downstream.stdio import Lines, StdioFront
 
-    house = Gateway(sources, read)
+    house = Gateway(sources, read, store_of(read.settings) if options.gateway is None else None)
     lines = Lines()
-    server_id = options.server if options.gateway is None else (options.server or "gateway")
+    target: Target = options.server
+    if options.gateway is not None:
+        target = options.server or "gateway"
+    elif options.view is not None or options.mode:
+        target = ViewName(options.view or "", options.mode)
     front = StdioFront(
         house.router,
-        server_id,
+        target,
         lines,
         max_message_bytes=read.settings.max_message_bytes,
         remote=options.gateway is not None,

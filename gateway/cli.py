@@ -127,24 +127,46 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
     if command == "check" or getattr(options, "validate", False):
         from gateway import app
 
-        return app.check(app.HttpOptions(options.config, getattr(options, "listen_addr", None), None, options.catalog))
+        listen_addr = getattr(options, "listen_addr", None)
+        return app.check(app.HttpOptions(options.config, listen_addr, None, options.catalog, options.state_dir))
+    if command == "warm":
+        from gateway import app
+        from gateway.warm import warm
+
+        files = app.HttpOptions(options.config, None, options.log_level, options.catalog, options.state_dir)
+        return warm(files, options.servers)
     if command == "http":
         from gateway import app
 
         return app.run_http(
-            app.HttpOptions(options.config, options.listen_addr, options.log_level, options.catalog)
+            app.HttpOptions(
+                options.config, options.listen_addr, options.log_level, options.catalog, options.state_dir
+            )
         )
     if command == "stdio":
         if options.catalog is not None and options.gateway is not None:
             _fail("--catalog and --gateway exclude each other: run the servers here, or go through a running gateway")
         if options.server == "":
             _fail("--server is empty; leave it out to serve all servers")
+        if options.view == "":
+            _fail("--view is empty; leave it out to serve all servers")
+        if options.server is not None and (options.view is not None or options.mode):
+            _fail("--server excludes --view and --mode: one server has its own tools, under their own names")
         _postpone(OPENSSL)
         from gateway import app
 
         sys.stdout = sys.stderr  # standard output is for the protocol only (compat S1), whatever a plugin prints
         return app.run_stdio(
-            app.StdioOptions(options.server, options.catalog, options.gateway, options.log_level, options.config)
+            app.StdioOptions(
+                options.server,
+                options.catalog,
+                options.gateway,
+                options.log_level,
+                options.config,
+                options.state_dir,
+                options.view,
+                options.mode or "",
+            )
         )
     _everything().print_usage(sys.stderr)
     print("gateway: name a command, such as: gateway.pyz http --catalog catalog.yaml", file=sys.stderr)
@@ -172,6 +194,7 @@ def _everything() -> argparse.ArgumentParser:
         ("http", "serve HTTP: the daemon"),
         ("stdio", "serve one desktop client on stdin and stdout"),
         ("check", "read config and catalog, name every mistake, start nothing"),
+        ("warm", "start servers once and keep what they list, so that listing starts nothing"),
         ("version", "print version, commit and dependency lock"),
         ("demo-server", "a small MCP server on stdin and stdout"),
     ):
@@ -192,15 +215,23 @@ def _version_option(parser: argparse.ArgumentParser, name: str) -> None:
 
 def _options(parser: argparse.ArgumentParser, command: str, name: str) -> None:
     _version_option(parser, name)
-    if command in ("http", "check"):
+    if command in ("http", "check", "warm"):
         parser.add_argument("--config", type=Path, metavar="FILE", help="config file; default: the usual places")
         parser.add_argument("--catalog", type=Path, metavar="FILE", help="catalog file; overrides catalog_path")
     if command == "http":
         parser.add_argument("--listen-addr", metavar="HOST:PORT", help="overrides listen_addr")
         parser.add_argument("--log-level", metavar="LEVEL", type=str.lower, choices=LEVELS, help="|".join(LEVELS))
         parser.add_argument("--validate", action="store_true", help="check both files without starting; exit 0 or 1")
+    if command == "warm":
+        parser.add_argument("servers", nargs="*", metavar="ID", help="servers of the catalog; default: all")
+        parser.add_argument("--log-level", metavar="LEVEL", type=str.lower, choices=LEVELS, help="default: error")
+    if command in ("http", "check", "warm", "stdio"):
+        text = "where lists are kept; default: the user's state folder"
+        parser.add_argument("--state-dir", type=Path, metavar="DIR", help=text)
     if command == "stdio":
         parser.add_argument("-s", "--server", metavar="ID", help="one server of the catalog; default: all, merged")
+        parser.add_argument("--view", metavar="NAME", help="one view of the catalog")
+        parser.add_argument("--mode", choices=("list", "search"), help="list all tools, or three that find them")
         parser.add_argument("-c", "--catalog", type=Path, metavar="FILE", help="run the servers here")
         parser.add_argument("-g", "--gateway", metavar="URL", help="go through a running gateway")
         parser.add_argument("--config", type=Path, metavar="FILE", help="config file; default: the usual places")

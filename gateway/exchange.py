@@ -42,6 +42,8 @@ __all__ = [
     "Owner",
     "Reply",
     "Slow",
+    "Target",
+    "ViewName",
     "decline",
     "internal_exchange",
     "own_request",
@@ -54,6 +56,25 @@ SLOW_AFTER: Final = 0.05
 """Seconds after which a waiting request is told to look after its client (design.md section 5, disconnects)."""
 
 
+@attrs.frozen(cache_hash=True)
+class ViewName:
+    """A view, as a client addresses it. The name "" is that of the view of all servers.
+
+    ``mode`` is "list" or "search" where the client has asked for one, else "".
+    """
+
+    name: str = ""
+    mode: str = ""
+
+    def __str__(self) -> str:
+        """For bindings and logs: no server id holds a slash."""
+        return f"/{self.name}?{self.mode}" if self.mode else f"/{self.name}"
+
+
+Target = str | ViewName | None
+"""What an endpoint is about: a server id, a view, or None, which is the view of all servers as the config has it."""
+
+
 class Owner(Protocol):
     """The one client that an isolated unit belongs to, seen from the unit: where its own messages go."""
 
@@ -64,7 +85,7 @@ class Owner(Protocol):
         """Pass a server's notification (a whole JSON-RPC message) to the client. May drop the oldest."""
 
     def mark(self, topic: str) -> None:
-        """Something the client may have listed has changed: "tools", "prompts", "resources", or "resource:URI"."""
+        """A resource that the client has subscribed to has changed: "resource:URI"."""
 
 
 @attrs.define(eq=False)
@@ -98,7 +119,7 @@ class Exchange:
     """A request in flight.
 
     message    the client's request or notification, ids and names as the client wrote them
-    server_id  the server its endpoint is bound to, None at the merged endpoint
+    target     the endpoint it came to: a server id, or a view
     changes    members of params to replace on the way to the server (name -> JSON text), such as a native tool name
     deadline   trio time by which the client is answered
     rewrite    puts the client's names for things into the reply, where the server has others
@@ -108,7 +129,7 @@ class Exchange:
     principal: Principal
     snapshot: Snapshot
     client: Client
-    server_id: str | None
+    target: Target
     deadline: float
     changes: dict[str, str] | None = None
     rewrite: Callable[[Message], Message] | None = None
@@ -181,13 +202,18 @@ class Reply:
     A legacy client's reply is in its dialect already: links of modern servers see to that. A modern client's may lack
     what a legacy server or the gateway did not say; the modern front completes it (``translate.to_modern``).
     ``cache`` is how long the result may be kept, in ms, and by whom ("public" or "private"); None where unknown.
+
+    One that is sent many times, to clients of one era, is ``kept``: its front puts what follows the id into ``tail``
+    as bytes, so that a long list is not encoded and copied for everybody.
     """
 
-    __slots__ = ("cache", "message")
+    __slots__ = ("cache", "kept", "message", "tail")
 
     def __init__(self, message: Message) -> None:
         self.message = message
         self.cache: tuple[int, str] | None = None
+        self.kept = False
+        self.tail = b""
 
     @classmethod
     def result(cls, result_text: str, result: Any = None) -> Reply:
@@ -213,6 +239,11 @@ class Reply:
     def text(self, id_text: str) -> str:
         """The whole reply under the client's id."""
         return self.message.with_id(id_text)
+
+    @staticmethod
+    def head(id_text: str) -> str:
+        """What stands before a ``tail``."""
+        return f'{{"jsonrpc":"2.0","id":{id_text}'
 
 
 class Slow(enum.Enum):

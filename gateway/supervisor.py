@@ -16,9 +16,7 @@ import json
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from math import inf
 from typing import Any, Final
@@ -28,7 +26,7 @@ import trio
 
 from gateway.auth.principal import Principal
 from gateway.config.model import Catalog, ServerSpec, Settings
-from gateway.directory import LISTS, Listing
+from gateway.directory import LISTS, LISTS_OF, Listing, Shelf, topic_of
 from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed, UpstreamTimeout
 from gateway.exchange import Ask, Call, Client, Exchange
 from gateway.hub import Audience, Hub
@@ -37,6 +35,7 @@ from gateway.protocol.eras import LATEST_LEGACY, LEGACY_VERSIONS, Era
 from gateway.protocol.message import METHOD_NOT_FOUND, RESULT, Message, build_result, decode_reply, dumps
 from gateway.runtimes.base import Place, Runtime, Surroundings
 from gateway.telemetry.record import ServerStatus
+from gateway.turns import Queue, Turn
 from gateway.upstream.connect import Terms, UpstreamLink, WrongEra, connect
 
 __all__ = ["Counters", "Supervisor", "Unit", "UnitKey"]
@@ -45,12 +44,16 @@ log = logging.getLogger("gateway_core")
 
 MAX_WAITING: Final = 4096
 """Requests that may wait for a slot of one unit."""
+REFRESH_PAUSES: Final = (1.0, 5.0, 30.0)
+"""Seconds before a changed list that could not be fetched is asked for again."""
 MAX_OPENINGS: Final = 3
 """Times one attempt may start a server to find the era that it speaks."""
 MAX_PAGES: Final = 100
 """Pages of one list that are read before the rest is left out; a repeated cursor ends it too."""
 COALESCE: Final = 0.02
 """Seconds for which a server's list changes are gathered before the list is fetched again."""
+SPACING: Final = 0.1
+"""Seconds between two fetches of a list that goes on changing."""
 REFRESH_LIMIT: Final = 10.0
 PROBE_TIMEOUT: Final = 10.0
 """Seconds that a server may be silent to the modern probe; official clients wait as long."""
@@ -106,9 +109,21 @@ class Directions:
     info: Mapping[str, Any]
 
 
-def _topic_of(method: str) -> str:
-    """The topic, and the capability, that a list method belongs to."""
-    return "resources" if method.startswith("resources") else method.partition("/")[0]
+def _place_of(spec: ServerSpec, client: Client, principal: Principal) -> tuple[Hashable, Audience]:
+    """Which of a server's isolated units a client's requests go to, and whom that unit's changes concern."""
+    isolation = spec.isolation
+    if isolation == "session" and client.era is Era.MODERN:
+        # No session: the principal is one, for each way in which it can be asked (protocol.md section 4.6).
+        audience = (principal, client.key)
+        return ("modern", spec, *audience), audience
+    if isolation == "session":
+        # By id, not by definition: the session keeps the definition it began with (compat W5).
+        return ("session", spec.id, client.key), client.key
+    if isolation == "principal":
+        return (spec, principal, client.era, json.dumps(client.capabilities, sort_keys=True)), (principal, "")
+    if isolation == "tenant":
+        return (spec, principal.tenant), None
+    return object(), None
 
 
 def _unreachable(client: Client) -> Client:
@@ -116,22 +131,12 @@ def _unreachable(client: Client) -> Client:
     return Client(client.key, client.era, client.version, client.capabilities, client.info)
 
 
-class Turn:
-    """A request's place in the queue for a slot."""
-
-    __slots__ = ("error", "given", "task")
-
-    def __init__(self) -> None:
-        self.task = trio.Event()
-        self.given = False
-        self.error: GatewayError | None = None
-
-
 class Unit:
     """One supervised server instance.
 
     ``link`` is set exactly while calls may be made. ``active`` counts the slots taken (at most ``limit``), ``holds``
-    what else keeps the unit from idling: resource subscriptions and work of the gateway's own.
+    what else keeps the unit from idling: resource subscriptions and work of the gateway's own. ``own_lists`` are those
+    of a client's own server that have become others than its kind's. ``mute`` says that it could not list its tools.
     """
 
     def __init__(self, key: UnitKey, supervisor: Supervisor, client: Client | None) -> None:
@@ -143,8 +148,8 @@ class Unit:
         self.state = State()
         self.link: UpstreamLink | None = None
         self.facts: Mapping[str, Any] = {}
-        self.listings: dict[str, Listing] = {}
-        self.tool_headers: dict[str, Any] | None = None
+        self.own_lists: dict[str, Listing] = {}
+        self.mute = False
         self.active = 0
         self.holds = 0
         self.replies = 0
@@ -152,6 +157,7 @@ class Unit:
         self.started_wall = 0.0
         self.retired = False
         self.audience: Audience = None
+        self.tenants: tuple[str, ...] = ()
         self.unhealthy = ""
         self.subscribers: dict[str, dict[Client, str]] = {}
         self._counters = supervisor.counters_of(spec.id)
@@ -159,7 +165,7 @@ class Unit:
         self._idle_at = inf
         self._place: Place | None = None
         self._changed = trio.Event()
-        self._queue: deque[Turn] = deque()
+        self._queue = Queue()
         self._failure: GatewayError | None = None
         self._stopping = ""
         self._harmed = False
@@ -221,8 +227,10 @@ class Unit:
         self.active = active + 1
         return True
 
-    async def enter(self, deadline: float) -> None:
-        """Take a slot of the running server, waiting for a free one (first come, first served) and for its start.
+    async def enter(self, deadline: float, client: str = "") -> None:
+        """Take a slot of the running server, waiting for a free one and for its start.
+
+        ``client`` is who asks: clients that wait are served in turn, each in its own order.
 
         Raises UpstreamTimeout at ``deadline`` (trio time), StartFailed when it does not start, Overloaded when too many
         wait. Cancellation gives the place back and leaves a start going on.
@@ -230,7 +238,7 @@ class Unit:
         if self.active < self.limit and not self._queue:
             self.active += 1
         else:
-            await self._queue_up(deadline)
+            await self._queue_up(deadline, client)
         try:
             with trio.move_on_at(deadline):
                 await self.ready()
@@ -244,20 +252,20 @@ class Unit:
         self.leave()
         raise UpstreamTimeout(f"Server '{self.spec.id}' is still starting; try again later")
 
-    async def _queue_up(self, deadline: float) -> None:
+    async def _queue_up(self, deadline: float, client: str) -> None:
         if len(self._queue) >= MAX_WAITING:
             raise Overloaded(
                 f"Server '{self.spec.id}' has {MAX_WAITING} requests waiting "
                 f"(max_connections_per_server is {self.limit})"
             )
         turn = Turn()
-        self._queue.append(turn)
+        self._queue.put(client, turn)
         try:
             with trio.move_on_at(deadline):
                 await turn.task.wait()
         finally:
             if not turn.task.is_set():
-                self._queue.remove(turn)
+                self._queue.remove(client, turn)
         if turn.error is not None:
             self._counters.errors += 1
             raise turn.error
@@ -322,7 +330,7 @@ class Unit:
         self._counters.last_activity = trio.current_time()
         queue = self._queue
         while queue:
-            turn = queue.popleft()
+            turn = queue.take()
             if not turn.task.is_set():
                 turn.given = True
                 turn.task.set()
@@ -397,7 +405,7 @@ class Unit:
                 f"{wait:.1f} s): {self.state.last_error}",
                 retry_after=wait,
             )
-        self.supervisor.check_room()
+        self.supervisor.check_room(self.spec)
         self._failure = None
         self._stopping = ""
         self._harmed = False
@@ -438,7 +446,6 @@ class Unit:
     def _announce(self) -> None:
         changed, self._changed = self._changed, trio.Event()
         changed.set()
-        self.supervisor.hub.publish(self.spec.id, "state")
 
     # ---------------------------------------------------------------------------------------------------- one attempt
     async def _attempt(self) -> None:
@@ -573,7 +580,7 @@ class Unit:
         self.started_wall = time.time()
         self._feed(Event.READY)
         began = scope.deadline - self.start_timeout
-        self.supervisor.facts[self.spec] = link.facts
+        self.supervisor.shelf.put_facts(self.spec, link.facts)
         self._say(
             logging.INFO,
             "Server ready",
@@ -586,6 +593,8 @@ class Unit:
         scope.deadline = self._idle_at = self.started_at + self.idle_timeout if idle else inf
         if idle and self.retired:
             self.stop_soon("replaced")
+        else:
+            self._verify()
 
     async def _keep(self, link: UpstreamLink) -> None:
         """Stay while the server stays. Raises when it is lost in a way that counts as a failure."""
@@ -635,6 +644,8 @@ class Unit:
         self._scope = None
         self._place = None
         self._failure = failure
+        self.own_lists.clear()
+        self.supervisor.deviants.discard(self)
         if failure is None or self._stopping:
             reason = self._stopping or ("idle" if scope.cancelled_caught else "ended")
             self._say(logging.INFO, "Server stopped", reason=reason)
@@ -679,71 +690,141 @@ class Unit:
             log.debug("server %s: %s", self.spec.id, message.text[:500])
 
     def _list_changed(self, topic: str) -> None:
-        """Drop what is kept of the list and tell whoever may have listed it.
+        """Tell whoever may have listed it.
 
-        Where it is kept, it is fetched first: a server that says so without a change must not make every client list
+        Where it is known, it is fetched first: a server that says so without a change must not make every client list
         again.
         """
-        if topic == "tools":
-            self.tool_headers = None
-        known = [method for method in self.listings if _topic_of(method) == topic]
+        self.mute = False
+        known = [method for method in LISTS_OF[topic] if self.known(method) is not None]
         if topic in self._refreshing:
             self._refreshing[topic] = True
         elif known:
-            self._refreshing[topic] = False
-            self.supervisor.spawn(partial(self._refresh, topic, known))
+            self._refresh_soon(topic, known)
         else:
             self._publish(topic)
 
     def _publish(self, topic: str) -> None:
-        owner = self.client.owner if self.client is not None else None
-        if owner is not None:
-            owner.mark(topic)
-        else:
+        if self.spec.isolation != "call":  # whose next server lists as if nothing had happened
             self.supervisor.hub.publish(self.spec.id, topic, self.audience)
 
+    def _verify(self) -> None:
+        """A server that has just started may list something else than its predecessor, or than what was kept on disk.
+
+        Of an isolated one that is only asked if nobody was yet: others of its kind are as good.
+        """
+        if self.spec.isolation == "call":
+            return
+        volume = self.supervisor.shelf.volume(self.spec)
+        for topic, methods in LISTS_OF.items():
+            known = [
+                method
+                for method in methods
+                if method in volume.listings and (self.client is None or method not in volume.verified)
+            ]
+            if known and topic not in self._refreshing:
+                self._refresh_soon(topic, known)
+
+    def _refresh_soon(self, topic: str, methods: Sequence[str]) -> None:
+        self._refreshing[topic] = False
+        self.supervisor.spawn(partial(self._refresh, topic, methods))
+
     async def _refresh(self, topic: str, methods: Sequence[str]) -> None:
+        """Fetch lists until they are what the server has now."""
+        pauses = iter(REFRESH_PAUSES)
+        pause: float | None = COALESCE
         try:
-            again = True
-            while again:
-                await trio.sleep(COALESCE)
+            while pause is not None:
+                await trio.sleep(pause)
                 self._refreshing[topic] = False
-                link = self.link
-                former = {method: self.listings.pop(method, None) for method in methods}
-                changed = True
-                if link is not None:
-                    with suppress(GatewayError):
-                        for method in methods:
-                            self.listings[method] = await self._list(link, method, trio.current_time() + REFRESH_LIMIT)
-                        changed = any(self.listings.get(method) != former[method] for method in methods)
-                if changed:
-                    self._publish(topic)
-                again = self._refreshing[topic]
+                pause = None
+                for method in methods:
+                    link = self.link
+                    if link is None:
+                        return
+                    try:
+                        listing = await self._list(link, method, trio.current_time() + REFRESH_LIMIT)
+                    except GatewayError as error:
+                        self._say(logging.DEBUG, "Listing again failed", method=method, error=error.message)
+                        pause = next(pauses, None)
+                    else:
+                        self._take(listing)
+                if self._refreshing[topic]:
+                    pause = SPACING
         finally:
             del self._refreshing[topic]
 
-    # --------------------------------------------------------------------------------------------------------- listing
-    async def listing(self, method: str, deadline: float) -> Listing:
-        """What the server has of one list, kept until it says that it changed. Starts the server if need be.
+    def _take(self, listing: Listing) -> None:
+        """Keep a list that the server has just answered with, and tell who sees another one now.
 
-        Raises what ``enter`` raises, and ServerProtocolError for an answer that is no list.
+        The first of its kind speaks for all. After that, what a client's own server lists differently is its own.
         """
-        found = self.listings.get(method)
+        shelf, method = self.supervisor.shelf, listing.method
+        if self.client is None or method not in shelf.volume(self.spec).verified:
+            if shelf.put(self.spec, listing):
+                self.supervisor.hub.publish(self.spec.id, topic_of(method))
+            return
+        former = self.known(method)
+        if listing == shelf.listing(self.spec, method):
+            self.own_lists.pop(method, None)
+        else:
+            self.own_lists[method] = listing
+        if self.own_lists:
+            self.supervisor.deviants.add(self)
+        else:
+            self.supervisor.deviants.discard(self)
+        if listing != former:
+            self._publish(topic_of(method))
+
+    # --------------------------------------------------------------------------------------------------------- listing
+    def known(self, method: str) -> Listing | None:
+        """The list as it was last seen, of this server or of its kind; None if nobody has seen it."""
+        return self.own_lists.get(method) or self.supervisor.shelf.listing(self.spec, method)
+
+    async def listing(self, method: str, deadline: float) -> Listing:
+        """One list, kept until the server says that it changed. Starts the server if need be.
+
+        Raises what ``hold_ready`` raises, what ``Call.next`` raises, and ServerProtocolError for an answer that is no
+        list.
+        """
+        found = self.known(method)
         if found is not None:
             return found
-        await self.enter(deadline)
+        await self.hold_ready(deadline)
         try:
             link = self.link
             if link is None:
                 raise ServerProtocolError(f"Server '{self.spec.id}' has just ended")
-            listing = self.listings[method] = await self._list(link, method, deadline)
+            listing = await self._list(link, method, deadline)
+            self.supervisor.shelf.put(self.spec, listing)
             return listing
         finally:
-            self.leave()
+            self.unhold()
+
+    async def list_all(self, first: str, listed: Callable[[str], None]) -> None:
+        """Have every list kept that is not known yet, ``first`` first; ``listed`` is told of each.
+
+        Starts the server; takes no slot. Raises as ``listing`` does, after all lists were tried.
+        """
+        failure: GatewayError | None = None
+        await self.hold_ready(inf)
+        try:
+            for method in sorted(LISTS, key=lambda method: method != first):
+                if self.supervisor.shelf.listing(self.spec, method) is not None:
+                    continue
+                try:
+                    await self.listing(method, trio.current_time() + REFRESH_LIMIT)
+                except GatewayError as error:
+                    failure = failure or error
+                listed(method)
+        finally:
+            self.unhold()
+        if failure is not None:
+            raise failure
 
     async def _list(self, link: UpstreamLink, method: str, deadline: float) -> Listing:
         """All pages of one list."""
-        if _topic_of(method) not in link.facts.get("capabilities", {}):
+        if topic_of(method) not in link.facts.get("capabilities", {}):
             return Listing(method)
         member = LISTS[method][0]
         items: list[Mapping[str, Any]] = []
@@ -828,7 +909,8 @@ class Unit:
 class Supervisor:
     """All units. ``run`` is its task; everything else is called from other tasks of the same loop.
 
-    ``refuted`` is the era that a server was found not to speak, ``facts`` what it said of itself at its last handshake.
+    ``refuted`` is the era that a server was found not to speak, ``shelf`` what is known of servers whether they run or
+    not, ``deviants`` are the units whose clients see other lists than the shelf's.
     """
 
     def __init__(self, directions: Directions, hub: Hub) -> None:
@@ -838,7 +920,8 @@ class Supervisor:
         self.counters: dict[str, Counters] = {}
         self._nursery: trio.Nursery | None = None
         self.refuted: dict[ServerSpec, Era] = {}
-        self.facts: dict[ServerSpec, Mapping[str, Any]] = {}
+        self.shelf = Shelf()
+        self.deviants: set[Unit] = set()
         self._shared: dict[ServerSpec, Unit] = {}
         self._isolated: dict[Hashable, Unit] = {}
 
@@ -896,11 +979,15 @@ class Supervisor:
         every = [*self._shared.values(), *self._isolated.values()]
         return every if server_id is None else [u for u in every if u.spec.id == server_id]
 
-    def check_room(self) -> None:
-        """Raises Overloaded when ``max_units`` are running."""
-        limit = self.directions.settings().max_units
-        if sum(1 for unit in self.units() if unit.running) >= limit:
-            raise Overloaded(f"{limit} servers are running (max_units)")
+    def check_room(self, spec: ServerSpec) -> None:
+        """Raises Overloaded when ``max_units`` are running, or ``max_units_per_server`` of this one."""
+        settings = self.directions.settings()
+        running = [unit.spec for unit in self.units() if unit.running]
+        if len(running) >= settings.max_units:
+            raise Overloaded(f"{settings.max_units} servers are running (max_units)")
+        limit: int = spec.or_default("max_units_per_server", settings)
+        if sum(1 for other in running if other.id == spec.id) >= limit:
+            raise Overloaded(f"Server '{spec.id}' is running {limit} times (max_units_per_server)")
 
     def runtime_of(self, spec: ServerSpec) -> Runtime:
         """Raises StartFailed for a type that this build can't start."""
@@ -912,40 +999,34 @@ class Supervisor:
     def unit(self, spec: ServerSpec, client: Client, principal: Principal, *, listing: bool = False) -> Unit:
         """The unit that serves this client, made if there is none; nothing is started.
 
-        ``listing`` asks for it to list what it has: servers that are isolated by call have one unit for that, whose
-        lists are kept.
+        ``listing`` asks for it to list what it has: servers that are isolated by call have one unit for that.
         """
-        isolation = spec.isolation
-        if isolation == "shared":
+        if spec.isolation == "shared":
             unit = self._shared.get(spec)
             if unit is None:
                 unit = self._shared[spec] = Unit(UnitKey(spec), self, None)
             return unit
-        owner: Client | None = client
-        audience: Audience = None
-        key: Hashable
-        if isolation == "session" and client.era is Era.MODERN:
-            # No session: the principal is one, for each way in which it can be asked (protocol.md section 4.6).
-            audience = (principal, client.key)
-            key, owner = ("modern", spec, *audience), _unreachable(client)
-        elif isolation == "session":
-            # By id, not by definition: the session keeps the definition it began with (compat W5).
-            key = ("session", spec.id, client.key)
-        elif isolation == "principal":
-            audience = (principal, "")
-            key = (spec, principal, client.era, json.dumps(client.capabilities, sort_keys=True))
-            owner = _unreachable(client)
-        elif isolation == "tenant":
-            key, owner = (spec, principal.tenant), None
-        elif listing:
-            key, owner = (spec, "listing"), None
-        else:
-            key = object()
+        key, audience = _place_of(spec, client, principal)
+        if listing and spec.isolation == "call":
+            key = (spec, "listing")
         unit = self._isolated.get(key)
         if unit is None:
+            owner: Client | None = client
+            if spec.isolation == "tenant" or (listing and spec.isolation == "call"):
+                owner = None
+            elif audience is not None and audience != client.key:
+                owner = _unreachable(client)
             unit = self._isolated[key] = Unit(UnitKey(spec, key), self, owner)
             unit.audience = audience
+            if spec.isolation in ("tenant", "principal"):
+                unit.tenants = (principal.tenant,)
         return unit
+
+    def find(self, spec: ServerSpec, client: Client, principal: Principal) -> Unit | None:
+        """The unit that serves this client, if there is one."""
+        if spec.isolation == "shared":
+            return self._shared.get(spec)
+        return self._isolated.get(_place_of(spec, client, principal)[0])
 
     def refute(self, spec: ServerSpec, era: Era) -> None:
         """A server was found not to speak an era; it is tried last from now on."""
@@ -970,12 +1051,13 @@ class Supervisor:
         self.starting.total_tokens = settings.max_parallel_starts
         current = set(catalog.servers)
         self.refuted = {spec: era for spec, era in self.refuted.items() if spec in current}
-        self.facts = {spec: facts for spec, facts in self.facts.items() if spec in current}
+        self.shelf.keep(current)
+        tenants = {"default", *(tenant.id for tenant in settings.tenants)}
         for unit in self.units():
             unit.configure(settings)
             of_session = unit.client is not None and unit.client.owner is not None
             keeps = of_session and unit.spec.isolation == "session" and unit.spec.id in catalog.by_id
-            if unit.spec not in current and not keeps:
+            if (unit.spec not in current and not keeps) or not tenants.issuperset(unit.tenants):
                 unit.retire()
 
     def forget(self, unit: Unit) -> None:

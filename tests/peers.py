@@ -271,11 +271,11 @@ class Inbox:
             if not method or message.get("method") == method:
                 return message
 
-    def drained(self) -> list[Json]:
-        """What has come and was not asked for."""
+    def drained(self, quiet: float = 0) -> list[Json]:
+        """What has come and was not asked for, and what comes until there was nothing for ``quiet`` seconds."""
         found = []
         with suppress(queue.Empty):
-            while (message := self._box.get_nowait()) is not None:
+            while (message := self._box.get(quiet > 0, quiet or None)) is not None:
                 found.append(message)
         self.seen += found
         return found

@@ -44,13 +44,15 @@ class RunningGateway:
         pyz: Path | None = None,
         catalog: Path | None = None,
         listen: str = "127.0.0.1:0",
+        views: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.folder = folder
         self.catalog = catalog or folder / "catalog.yaml"
         if catalog is None:
-            self.write(servers)
+            self.write(servers, views)
         config_path = folder / "config.yaml"
-        config_path.write_text(json.dumps({"catalog_path": str(self.catalog), **(config or {})}))
+        said = {"catalog_path": str(self.catalog), "state_dir": str(folder / "state"), **(config or {})}
+        config_path.write_text(json.dumps(said))
         variables = {k: v for k, v in os.environ.items() if k not in ("MCP_GATEWAY_API_KEY", "RUST_LOG")}
         variables.update(env or {})
         self.process = subprocess.Popen(
@@ -81,10 +83,10 @@ class RunningGateway:
                 self._listening.set()
         self._listening.set()
 
-    def write(self, servers: Sequence[dict[str, Any]]) -> None:
+    def write(self, servers: Sequence[dict[str, Any]], views: Sequence[dict[str, Any]] = ()) -> None:
         """Replace the catalog as an editor does: a new file, renamed over the old."""
         new = self.catalog.with_suffix(".new")
-        new.write_text(json.dumps({"servers": list(servers)}))
+        new.write_text(json.dumps({"servers": list(servers), **({"views": list(views)} if views else {})}))
         new.replace(self.catalog)
 
     def wait_for_line(self, text: str, *, count: int = 1, seconds: float = 10) -> str:

@@ -19,12 +19,16 @@ ROWS = [
     {"errors"},
     {"protocol", "config", "hub"},
     {"auth", "limits", "telemetry", "runtimes"},
-    {"policy", "directory", "exchange", "lifecycle"},
+    {"policy", "directory", "exchange", "lifecycle", "turns"},
     {"upstream"},
     {"supervisor"},
+    {"views"},
+    {"finder"},
+    {"aggregate"},
     {"router"},
     {"downstream", "admin"},
     {"app"},
+    {"warm"},
     {"cli"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

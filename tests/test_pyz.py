@@ -103,10 +103,12 @@ class Place:
         return (self.folder.parent / "stderr").read_text("utf-8")
 
     def left(self) -> list[str]:
-        """Whatever was written anywhere, besides what the test put there."""
+        """Whatever was written anywhere, besides what the test put there and what is kept in the state folder."""
         root = self.folder.parent
         known = {"place", "home", "tmp", "stderr", "place/gateway.pyz", "place/catalog.yaml"}
-        return sorted({str(path.relative_to(root)) for path in root.rglob("*")} - known)
+        found = {str(path.relative_to(root)) for path in root.rglob("*")} - known
+        state = "home/.local/state/open-mcp-gateway"
+        return sorted(path for path in found if not (path.startswith(state) or state.startswith(path)))
 
 
 @pytest.fixture(params=SUPPORTED)

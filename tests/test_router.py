@@ -186,7 +186,7 @@ async def test_merged_lists_join_all_servers_and_calls_find_their_way(start: Any
     assert [t["name"] for t in tools] == ["a__x", "a__y", "b__x"]
     reply = await house.ask(None, "tools/call", {"name": "b__x", "arguments": {"v": 1}})
     assert reply.result["params"] == {"name": "x", "arguments": {"v": 1}}
-    assert house.scripts["b"].methods()[-1] == "tools/call"
+    assert "tools/call" in house.scripts["b"].methods()
     assert (await house.ask(None, "resources/read", {"uri": "test://y"})).result["params"] == {"uri": "test://y"}
     assert (await house.ask(None, "resources/read", {"uri": "b+test://x"})).result["params"] == {"uri": "test://x"}
     assert (await house.ask(None, "resources/read", {"uri": "a+x://item/3"})).result["code"] == -32002

@@ -427,10 +427,11 @@ async def test_questions_go_to_the_only_call_or_the_owner_and_never_to_a_shared_
     assert [ask.message.method for ask in owner.asks] == ["roots/list"]
     owner.asks[0].answer(decode_request('{"jsonrpc":"2.0","id":"x","result":{"roots":[]}}'))
     assert script.seen[-1] == {"jsonrpc": "2.0", "id": 9, "result": {"roots": []}}
+    owners, others = (house.hub.subscribe("s", lambda: None, *audiences) for audiences in (["m"], ["n"]))
     script.pipe.say({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
     script.pipe.say({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": 1}})
     await wait_all_tasks_blocked()
-    assert owner.marks == ["tools"]
+    assert (owners.take(), others.take()) == ([("s", "tools")], [])
     assert len(owner.notes) == 1
 
 

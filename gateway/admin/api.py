@@ -19,7 +19,7 @@ from quart import Quart, Response, abort, request
 from quart_trio import QuartTrio
 
 from gateway.auth.principal import Principal
-from gateway.config.model import Secret, ServerSpec, StringMap
+from gateway.config.model import Secret, ServerSpec, Shaping, StringMap, ViewSpec
 from gateway.config.snapshot import Difference, Snapshot
 from gateway.errors import ClientProtocolError, ConfigError, Forbidden, GatewayError, UnknownTarget
 from gateway.protocol.message import dumps
@@ -28,6 +28,8 @@ from gateway.telemetry.record import ServerStatus, iso
 __all__ = ["Operations", "create_app"]
 
 MAX_PAGE: Final = 1000
+SHAPED: Final = ("tools", "prompts", "resources")
+"""What entries and views may shape."""
 
 
 class Operations(Protocol):
@@ -42,6 +44,9 @@ class Operations(Protocol):
 
     def visible(self, principal: Principal) -> Sequence[ServerSpec]:
         """The servers that exist for this caller, in catalog order."""
+
+    def views(self, principal: Principal) -> Sequence[tuple[ViewSpec, str, Sequence[str], int | None]]:
+        """The views that exist for this caller: view, mode, server ids, tools (None while not all are known)."""
 
     def status(self, server_id: str) -> ServerStatus: ...
 
@@ -108,6 +113,7 @@ def detailed(spec: ServerSpec, status: ServerStatus) -> dict[str, Any]:
         "start_timeout_seconds",
         "stop_grace_seconds",
         "max_connections_per_server",
+        "max_units_per_server",
         "max_message_bytes",
         "health_check_interval_seconds",
     )
@@ -121,7 +127,22 @@ def detailed(spec: ServerSpec, status: ServerStatus) -> dict[str, Any]:
         "error_count": status.error_count,
         "instances": [dict(details) for details in status.details],
         **{name: value for name in overrides if (value := getattr(spec, name)) is not None},
+        **{name: shown(value) for name in SHAPED if (value := getattr(spec, name)) != Shaping()},
     }
+
+
+def listed_view(view: ViewSpec, mode: str, servers: Sequence[str], tools: int | None) -> dict[str, Any]:
+    """One entry of GET /views."""
+    path = f"/views/{view.name}"
+    entry = {
+        "name": view.name,
+        "description": view.description or None,
+        "mode": mode,
+        "servers": list(servers),
+        "tools": tools,
+        "endpoints": {"mcp": f"{path}/mcp", "sse": f"{path}/sse"},
+    }
+    return {name: value for name, value in entry.items() if value is not None}
 
 
 def create_app(operations: Operations) -> Quart:
@@ -226,7 +247,11 @@ def _page(specs: list[ServerSpec], limit: str | None, cursor: str | None) -> tup
 
 
 def _serve_gateway(app: Quart, operations: Operations) -> None:
-    """/stats and /admin."""
+    """/views, /stats and /admin."""
+
+    @app.get("/views")
+    async def views() -> Any:
+        return [listed_view(*found) for found in operations.views(_principal())]
 
     @app.get("/stats")
     async def stats() -> Any:

@@ -32,6 +32,7 @@ from gateway.downstream.modern import ModernFront
 from gateway.downstream.rpc import RpcFront
 from gateway.downstream.server import ClientGone, ConnectionLimits, Request
 from gateway.errors import AuthError, ClientProtocolError, Forbidden, GatewayError, Unauthenticated
+from gateway.exchange import Target, ViewName
 from gateway.protocol.eras import LEGACY_VERSIONS, MODERN_VERSIONS, is_modern
 from gateway.protocol.message import INVALID_REQUEST, Malformed, Message, build_error, decode_request, split_batch
 from gateway.router import Router
@@ -44,6 +45,8 @@ log = logging.getLogger("gateway_http")
 EXPOSED: Final = "Mcp-Session-Id, X-Request-ID"
 CORS_METHODS: Final = "GET, POST, DELETE"
 CORS_AGE: Final = "3600"
+MODES: Final = ("list", "search")
+"""What ``?mode=`` may say at a view's endpoint."""
 MAX_ROUTES: Final = 4096
 MAX_ROUTE: Final = 256
 """Routes that are remembered, and characters of the longest path among them."""
@@ -62,7 +65,22 @@ class Route:
     """What a path means. ``kind`` is "health", "mcp", "rpc", "sse", "messages" or "admin"."""
 
     kind: str
-    server_id: str | None = None
+    target: Target = None
+
+    def target_of(self, request: Request) -> Target:
+        """The endpoint's target; of a view the query may choose the mode (``?mode=search``).
+
+        Raises ClientProtocolError for any other mode.
+        """
+        target = self.target
+        if not request.query or type(target) is str:
+            return target
+        mode = dict(parse_qsl(request.query)).get("mode", "")
+        if not mode:
+            return target
+        if mode not in MODES:
+            raise ClientProtocolError(f"mode must be {' or '.join(MODES)}, not {mode[:40]!r}")
+        return ViewName(target.name if type(target) is ViewName else "", mode)
 
 
 class _Rules:
@@ -269,15 +287,18 @@ class Endpoint:
 
     # ---------------------------------------------------------------------------------------------------------- routes
     def _find(self, path: str) -> Route:
-        """What a path means: /servers/ID/mcp and its like are remembered, the rest is for the management."""
+        """What a path means: /servers/ID/mcp, /views/NAME/mcp and their like are remembered, the rest is for the
+        management.
+        """
         parts = path.split("/")
         kind = ""
-        if len(parts) >= 4 and parts[1] == "servers" and parts[2]:
+        if len(parts) >= 4 and parts[1] in ("servers", "views") and parts[2]:
             tail = "/" + "/".join(parts[3:])
             kind = {"/mcp": "mcp", "/sse": "sse", f"/sse{MESSAGES}": "messages"}.get(tail, "")
         if not kind:
             return _ADMIN
-        route = Route(kind, unquote(parts[2], errors="replace"))
+        name = unquote(parts[2], errors="replace")
+        route = Route(kind, name if parts[1] == "servers" else ViewName(name))
         if len(path) <= MAX_ROUTE:
             if len(self._routes) >= MAX_ROUTES:
                 self._routes = dict(_FIXED)
@@ -294,21 +315,21 @@ class Endpoint:
         if method == "POST":
             await self._post(request, principal, route)
         elif method == "GET":
-            await self.legacy.get(request, principal, route.server_id)
+            await self.legacy.get(request, principal, route.target_of(request))
         elif method == "DELETE":
-            await self.legacy.delete(request, principal, route.server_id)
+            await self.legacy.delete(request, principal, route.target_of(request))
         else:
             raise _wrong_method(request, "GET, POST, DELETE")
 
     async def _post(self, request: Request, principal: Principal, route: Route) -> None:
         body = await request.body()
-        server_id = route.server_id
+        target = route.target_of(request)
         try:
             message = decode_request(body, need_version=False)
         except Malformed as error:
             await self._odd_body(request, principal, route, body, error)
             return
-        if server_id is None and message.extra is not None and "server_id" in message.extra:
+        if target is None and message.extra is not None and "server_id" in message.extra:
             if not _is_json(request):
                 raise ClientProtocolError(NOT_JSON)
             await self.rpc.mcp(request, principal, message)
@@ -321,19 +342,19 @@ class Endpoint:
             await self._malformed(request, wrong)
             return
         if is_modern(message.meta):
-            await self.modern.post(request, principal, server_id, message)
+            await self.modern.post(request, principal, target, message)
             return
         version = request.headers.get("mcp-protocol-version")
         if version is not None and version not in LEGACY_VERSIONS and message.method != "initialize":
             # Which era it is can only be told by the version (protocol.md section 3, "Classifying a client"). A session
             # is legacy, whatever its client says.
             if version in MODERN_VERSIONS:
-                await self.modern.post(request, principal, server_id, message)
+                await self.modern.post(request, principal, target, message)
                 return
             if "mcp-session-id" not in request.headers:
                 await self.modern.unsupported(request, message, version)
                 return
-        await self.legacy.post(request, principal, server_id, message)
+        await self.legacy.post(request, principal, target, message)
 
     async def _odd_body(
         self, request: Request, principal: Principal, route: Route, body: bytes, error: Malformed
@@ -352,7 +373,7 @@ class Endpoint:
         elif not _is_json(request):
             await self._wrong_type(request, None)
         else:
-            await self.legacy.post(request, principal, route.server_id, batch)
+            await self.legacy.post(request, principal, route.target_of(request), batch)
 
     async def _malformed(self, request: Request, error: Malformed) -> None:
         text = build_error(error.id_text, error.code, error.reason, {"source": "gateway"})
@@ -372,7 +393,7 @@ class Endpoint:
     async def _sse(self, request: Request, principal: Principal, route: Route) -> None:
         if request.method != "GET":
             raise _wrong_method(request, "GET")
-        await self.sse.open(request, principal, route.server_id)
+        await self.sse.open(request, principal, route.target_of(request))
 
     async def _messages(self, request: Request, principal: Principal, route: Route) -> None:
         if request.method != "POST":
@@ -389,7 +410,7 @@ class Endpoint:
         except Malformed as error:
             await self._malformed(request, error)
             return
-        await self.sse.post(request, principal, route.server_id, session_id, message)
+        await self.sse.post(request, principal, route.target_of(request), session_id, message)
 
     # ------------------------------------------------------------------------------------------------- the rest: Quart
     async def _manage(self, request: Request, principal: Principal, route: Route) -> None:

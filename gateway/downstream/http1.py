@@ -529,22 +529,26 @@ def reply(
     *,
     close: bool = False,
     head_only: bool = False,
+    length: int | None = None,
 ) -> bytes:
-    """A whole reply. ``head_only`` leaves the body out but tells its length (HEAD); 1xx, 204 and 304 have neither."""
+    """A whole reply. ``head_only`` leaves the body out but tells its length (HEAD); 1xx, 204 and 304 have neither.
+
+    ``length`` is the whole body's, where ``body`` is only its beginning.
+    """
     if not body:
         content_type = ""
     start = _starts.get((status, content_type)) or _start(status, content_type)
     if status in (204, 304) or status < 200:
-        length = b"\r\n"
+        end = b"\r\n"
         body = b""
     else:
-        length = b"Content-Length: %d\r\n\r\n" % len(body)
+        end = b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length)
         if head_only:
             body = b""
     if headers or close:
         more = fields(headers)
-        return b"".join((start, date_field(), more, b"Connection: close\r\n" if close else b"", length, body))
-    return b"".join((start, date_field(), length, body))
+        return b"".join((start, date_field(), more, b"Connection: close\r\n" if close else b"", end, body))
+    return b"".join((start, date_field(), end, body))
 
 
 def stream_head(status: int, headers: Iterable[tuple[str, str]], *, chunked: bool, close: bool) -> bytes:

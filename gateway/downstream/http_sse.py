@@ -19,6 +19,7 @@ from gateway.downstream.server import Request
 from gateway.downstream.sessions import Session
 from gateway.downstream.streams import COMMENT_AFTER, Feed
 from gateway.errors import ClientProtocolError, GatewayError, Overloaded
+from gateway.exchange import Target
 from gateway.protocol.message import INTERNAL_ERROR, Message, build_error
 from gateway.protocol.session import BATCH_VERSION, STREAM, State, accepts, failure, hello, welcome
 from gateway.protocol.sse import encode
@@ -75,23 +76,24 @@ class SseFront:
     def __init__(self, legacy: LegacyFront) -> None:
         self.legacy = legacy
 
-    async def open(self, request: Request, principal: Principal, server_id: str | None) -> None:
+    async def open(self, request: Request, principal: Principal, target: Target) -> None:
         """Open a session and carry its stream until the client closes it or the server shuts down."""
         legacy = self.legacy
         try:
             if not accepts(request.headers.get("accept")) & STREAM:
                 raise ClientProtocolError(NOT_A_STREAM, status=406)
-            if server_id is not None:
-                legacy.router.check_server(principal, server_id)
-            session = legacy.open(principal, server_id, resumable=False)
+            legacy.router.check(principal, target)
+            session = legacy.open(principal, target, resumable=False)
         except GatewayError as refused:
             await legacy.refuse(request, refused, "", "null")
             return
         legacy.sessions[session.id] = session
-        # A path is same-origin by construction; both official clients resolve it against the stream's URL.
-        target = encode(f"{request.path}{MESSAGES}?session_id={session.id}", event="endpoint")
+        # A path is same-origin by construction; both official clients resolve it against the stream's URL. What else
+        # the query says belongs to the endpoint.
+        query = f"{request.query}&" if request.query else ""
+        endpoint = encode(f"{request.path}{MESSAGES}?{query}session_id={session.id}", event="endpoint")
         try:
-            await legacy.carry(request, session, session.feed, 0, target, lossy=False)
+            await legacy.carry(request, session, session.feed, 0, endpoint, lossy=False)
         finally:
             legacy.close(session)
 
@@ -99,7 +101,7 @@ class SseFront:
         self,
         request: Request,
         principal: Principal,
-        server_id: str | None,
+        target: Target,
         session_id: str | None,
         message: Message | list[str],
     ) -> None:
@@ -107,7 +109,7 @@ class SseFront:
         try:
             if not session_id:
                 raise ClientProtocolError("session_id is missing: POST to the URI in the stream's endpoint event")
-            session = self.legacy.find(session_id, principal, server_id, sse=True)
+            session = self.legacy.find(session_id, principal, target, sse=True)
             if isinstance(message, list) and session.client.version != BATCH_VERSION:
                 raise ClientProtocolError(f"Batches exist in {BATCH_VERSION} only: send one message")
         except GatewayError as refused:

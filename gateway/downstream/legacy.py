@@ -32,7 +32,7 @@ from gateway.downstream.streams import (
     priming,
 )
 from gateway.errors import AuthError, ClientProtocolError, GatewayError, Overloaded, UnknownTarget
-from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline
+from gateway.exchange import Ask, Call, Exchange, Interim, Reply, Target, decline
 from gateway.protocol.message import REQUEST, Malformed, Message, build_error, build_result, decode_request
 from gateway.protocol.session import (
     BATCH_VERSION,
@@ -119,13 +119,13 @@ class LegacyFront:
                 session.decline_unsent(now - ASK_UNSENT)
 
     # ------------------------------------------------------------------------------------------------------- sessions
-    def open(self, principal: Principal, server_id: str | None, *, resumable: bool) -> Session:
+    def open(self, principal: Principal, target: Target, *, resumable: bool) -> Session:
         """A new session, not yet to be found by its id. Raises Overloaded at ``max_sessions``."""
         limit = self.router.snapshot.settings.max_sessions
         if len(self.sessions) + self._opening >= limit:
             raise Overloaded(f"{limit} sessions are open (max_sessions)")
-        session = Session(principal, server_id, EventLog(self._budget) if resumable else None)
-        session.subscription = self.router.subscribe(server_id, session.changed, principal)
+        session = Session(principal, target, EventLog(self._budget) if resumable else None)
+        session.subscription = self.router.subscribe(target, session.changed, principal, session.client)
         return session
 
     def close(self, session: Session) -> None:
@@ -135,7 +135,7 @@ class LegacyFront:
             session.close()
             self.router.close(session.client)
 
-    def find(self, id: str | None, principal: Principal, server_id: str | None, *, sse: bool = False) -> Session:
+    def find(self, id: str | None, principal: Principal, target: Target, *, sse: bool = False) -> Session:
         """The session of that id, if it is this caller's at this endpoint and of this transport.
 
         Raises ClientProtocolError without an id, UnknownTarget for any other.
@@ -143,17 +143,17 @@ class LegacyFront:
         if id is None:
             raise ClientProtocolError(NO_SESSION)
         session = self.sessions.get(id)
-        if session is None or not session.belongs(principal, server_id) or (session.log is None) is not sse:
+        if session is None or not session.belongs(principal, target) or (session.log is None) is not sse:
             raise UnknownTarget(NO_SUCH_SESSION)
         return session
 
-    def _has(self, id: str | None, principal: Principal, server_id: str | None) -> bool:
+    def _has(self, id: str | None, principal: Principal, target: Target) -> bool:
         session = self.sessions.get(id) if id is not None else None
-        return session is not None and session.belongs(principal, server_id)
+        return session is not None and session.belongs(principal, target)
 
     # ----------------------------------------------------------------------------------------------------------- POST
     async def post(
-        self, request: Request, principal: Principal, server_id: str | None, message: Message | list[str]
+        self, request: Request, principal: Principal, target: Target, message: Message | list[str]
     ) -> None:
         """Answer one POST: a decoded message, or the entries of a batch as ``message.split_batch`` gives them."""
         method, id_text = "", "null"
@@ -166,12 +166,12 @@ class LegacyFront:
             if accepts(headers.get("accept")) != BOTH:
                 raise ClientProtocolError(NOT_ACCEPTABLE, status=406)
             session_id = headers.get("mcp-session-id")
-            if method == "initialize" and id_text != "null" and not self._has(session_id, principal, server_id):
+            if method == "initialize" and id_text != "null" and not self._has(session_id, principal, target):
                 # A dead id is forgiven here: official clients keep sending it, and this is how they can recover.
                 assert type(message) is Message
-                await self._initialize(request, principal, server_id, message)
+                await self._initialize(request, principal, target, message)
                 return
-            session = self.find(session_id, principal, server_id)
+            session = self.find(session_id, principal, target)
             check_version(headers.get("mcp-protocol-version"))
             session.used = trio.current_time()
             if isinstance(message, list):
@@ -227,8 +227,8 @@ class LegacyFront:
     def _exchange(self, session: Session, message: Message) -> Exchange:
         router = self.router
         snapshot = router.snapshot
-        deadline = trio.current_time() + router.timeout_of(session.server_id, snapshot)
-        return Exchange(message, session.principal, snapshot, session.client, session.server_id, deadline)
+        deadline = trio.current_time() + router.timeout_of(session.target, snapshot)
+        return Exchange(message, session.principal, snapshot, session.client, session.target, deadline)
 
     # ---------------------------------------------------------------------------------------------- answering a request
     async def answer(
@@ -261,6 +261,10 @@ class LegacyFront:
                     event = await self._converse(session, call, event, outlet)
                 got = event
             assert type(got) is Reply
+            if got.kept and request is not None and outlet is None:
+                if not got.tail:
+                    got.tail = got.message.text[got.message.id_span[1] :].encode()
+                await request.respond(200, got.head(message.id_text).encode(), rest=got.tail)
             if request is not None and request.responded and (outlet is None or outlet.feed is None):
                 return "", None, None  # ``respond_now`` did it
             return got.text(message.id_text), None, outlet
@@ -349,10 +353,10 @@ class LegacyFront:
 
     # ------------------------------------------------------------------------------------------------------- initialize
     async def _initialize(
-        self, request: Request, principal: Principal, server_id: str | None, message: Message
+        self, request: Request, principal: Principal, target: Target, message: Message
     ) -> None:
         said = hello(message)
-        session = self.open(principal, server_id, resumable=True)
+        session = self.open(principal, target, resumable=True)
         session.greet(said)
         headers = (("Mcp-Session-Id", session.id),)
         outlet = self._outlet(session, request, headers=headers)
@@ -383,15 +387,15 @@ class LegacyFront:
         """What the endpoint is, for the reply to initialize. Its server may have to start. Raises GatewayError."""
         router, snapshot = self.router, self.router.snapshot
         start = snapshot.settings.start_timeout_seconds
-        if session.server_id is not None:
-            spec = router.check_server(session.principal, session.server_id)
+        spec = router.check(session.principal, session.target)
+        if spec is not None:
             start = spec.or_default("start_timeout_seconds", snapshot.settings)
         # A start has its own limit, and to refuse at the request's would leave clients with a server that is just up.
-        deadline = trio.current_time() + max(start, router.timeout_of(session.server_id, snapshot))
+        deadline = trio.current_time() + max(start, router.timeout_of(session.target, snapshot))
         token = object()
         self._waiting[token] = outlet
         try:
-            return await router.initialize(session.client, session.principal, session.server_id, deadline)
+            return await router.initialize(session.client, session.principal, session.target, deadline)
         finally:
             del self._waiting[token]
 
@@ -460,13 +464,13 @@ class LegacyFront:
         return None
 
     # ----------------------------------------------------------------------------------------------------- GET, DELETE
-    async def get(self, request: Request, principal: Principal, server_id: str | None) -> None:
+    async def get(self, request: Request, principal: Principal, target: Target) -> None:
         """Carry the session's standalone stream, or with Last-Event-ID go on with the stream of that event."""
         try:
             headers = request.headers
             if not accepts(headers.get("accept")) & STREAM:
                 raise ClientProtocolError(NOT_A_STREAM, status=406)
-            session = self.find(headers.get("mcp-session-id"), principal, server_id)
+            session = self.find(headers.get("mcp-session-id"), principal, target)
             check_version(headers.get("mcp-protocol-version"))
             session.used = trio.current_time()
             last_event = headers.get("last-event-id")
@@ -514,10 +518,10 @@ class LegacyFront:
             session.open_streams -= 1
             session.used = trio.current_time()
 
-    async def delete(self, request: Request, principal: Principal, server_id: str | None) -> None:
+    async def delete(self, request: Request, principal: Principal, target: Target) -> None:
         """End the session (Streamable HTTP, "Session Management")."""
         try:
-            session = self.find(request.headers.get("mcp-session-id"), principal, server_id)
+            session = self.find(request.headers.get("mcp-session-id"), principal, target)
             check_version(request.headers.get("mcp-protocol-version"))
         except GatewayError as refused:
             await self.refuse(request, refused, "", "null")

@@ -15,7 +15,7 @@ import trio
 
 from gateway.auth.principal import Principal
 from gateway.errors import ClientProtocolError
-from gateway.exchange import Ask, Client
+from gateway.exchange import Ask, Client, Target
 from gateway.protocol.eras import SUBSCRIPTION_ID
 from gateway.protocol.message import INVALID_PARAMS, Message, build_notification, dumps, quote
 from gateway.protocol.session import announce
@@ -44,12 +44,11 @@ class Listening:
         router: Router,
         client: Client,
         principal: Principal,
-        server_id: str | None,
+        target: Target,
         message: Message,
         wake: Callable[[], None],
     ) -> None:
-        if server_id is not None:
-            router.check_server(principal, server_id)
+        router.check(principal, target)
         wanted = message.param("notifications")
         if type(wanted) is not dict:
             raise ClientProtocolError("params.notifications must be an object", code=INVALID_PARAMS)
@@ -60,7 +59,7 @@ class Listening:
             )
         self._router = router
         self._principal = principal
-        self._server_id = server_id
+        self._target = target
         self._id_text = message.id_text
         self._topics = {name for name in ("tools", "prompts", "resources") if wanted.get(f"{name}ListChanged") is True}
         self._uris = uris
@@ -68,14 +67,14 @@ class Listening:
         self._wake = wake
         self._client = attrs.evolve(client, owner=self, context=None)
         self._marks: dict[str, None] = {}
-        self._subscription = router.subscribe(server_id, wake, principal, client)
+        self._subscription = router.subscribe(target, wake, principal, client)
 
     async def open(self) -> None:
         """Have the servers of the resources told. Waits for their start, at most as long as a request may take."""
         if self._uris:
             router = self._router
-            deadline = trio.current_time() + min(OPEN_LIMIT, router.timeout_of(self._server_id, router.snapshot))
-            self._honoured = await router.listen(self._client, self._principal, self._server_id, self._uris, deadline)
+            deadline = trio.current_time() + min(OPEN_LIMIT, router.timeout_of(self._target, router.snapshot))
+            self._honoured = await router.listen(self._client, self._principal, self._target, self._uris, deadline)
 
     def acknowledgement(self) -> str:
         """The first message: what of the filter is honoured."""

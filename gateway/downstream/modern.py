@@ -24,7 +24,7 @@ from gateway.downstream.parking import Binding, Parked, ParkingLot, start_again
 from gateway.downstream.server import ClientGone, Request
 from gateway.downstream.streams import COALESCE, COMMENT_AFTER, EARLY, Feed, PostOutlet
 from gateway.errors import AuthError, ClientProtocolError, GatewayError, ServerProtocolError
-from gateway.exchange import Ask, Call, Client, Event, Exchange, Interim, Reply, decline
+from gateway.exchange import Ask, Call, Client, Event, Exchange, Interim, Reply, Target, decline
 from gateway.protocol import headers as mirror
 from gateway.protocol.eras import (
     CLIENT_CAPABILITIES,
@@ -221,7 +221,7 @@ class ModernFront:
         return client
 
     # ------------------------------------------------------------------------------------------------------------- HTTP
-    async def post(self, request: Request, principal: Principal, server_id: str | None, message: Message) -> None:
+    async def post(self, request: Request, principal: Principal, target: Target, message: Message) -> None:
         """Answer one POST. Raises AuthError, before anything was sent, and ClientGone."""
         id_text, method = message.id_text or "null", message.method
         try:
@@ -239,9 +239,9 @@ class ModernFront:
             if client.version != MODERN:
                 raise unsupported_version(client.version)
             if method == LISTEN:
-                await self._post_listen(request, client, principal, server_id, message)
+                await self._post_listen(request, client, principal, target, message)
                 return
-            exchange = self._exchange(client, principal, server_id, message)
+            exchange = self._exchange(client, principal, target, message)
             if method == "tools/call":
                 await self._check_parameters(request, exchange)
             status, text = await self._answer_post(request, exchange)
@@ -292,6 +292,12 @@ class ModernFront:
                 event = await self._first(request, exchange, got)
                 if type(event) is Reply and request.responded:
                     return 200, ""
+            if type(got) is Reply and got.kept and outlet is None:
+                head = got.head(exchange.message.id_text)
+                if not got.tail:
+                    got.tail = self._text(exchange, got)[1][len(head) :].encode()
+                await request.respond(200, head.encode(), rest=got.tail)
+                return 200, ""
             outlet = outlet or _outlet(request)
             status, text = await self._attend(exchange, got, event, outlet, request)
         except GatewayError as error:
@@ -328,9 +334,9 @@ class ModernFront:
             call.on_reply = None
 
     async def _post_listen(
-        self, request: Request, client: Client, principal: Principal, server_id: str | None, message: Message
+        self, request: Request, client: Client, principal: Principal, target: Target, message: Message
     ) -> None:
-        listening = Listening(self.router, client, principal, server_id, message, request.wake)
+        listening = Listening(self.router, client, principal, target, message, request.wake)
         outlet = _outlet(request)
         try:
             await self._patiently(listening.open(), outlet, request)
@@ -355,23 +361,23 @@ class ModernFront:
 
     # ------------------------------------------------------------------------------------------------ transport-neutral
     async def carry_out(
-        self, client: Client, principal: Principal, server_id: str | None, message: Message, outlet: Outlet
+        self, client: Client, principal: Principal, target: Target, message: Message, outlet: Outlet
     ) -> tuple[int, str]:
         """HTTP status and whole reply to a request; what comes before it goes to ``outlet``. Raises GatewayError.
 
         Cancelled, it cancels the call at its server.
         """
-        exchange = self._exchange(client, principal, server_id, message)
+        exchange = self._exchange(client, principal, target, message)
         got = self._at_once(exchange)
         if got is None:
             got = await self._patiently(self._slowly(exchange), outlet, None)
         return await self._attend(exchange, got, None, outlet, None)
 
-    def _exchange(self, client: Client, principal: Principal, server_id: str | None, message: Message) -> Exchange:
+    def _exchange(self, client: Client, principal: Principal, target: Target, message: Message) -> Exchange:
         router = self.router
         snapshot = router.snapshot
-        deadline = trio.current_time() + router.timeout_of(server_id, snapshot)
-        return Exchange(message, principal, snapshot, client, server_id, deadline)
+        deadline = trio.current_time() + router.timeout_of(target, snapshot)
+        return Exchange(message, principal, snapshot, client, target, deadline)
 
     def refusal(self, error: GatewayError, method: str, id_text: str) -> tuple[int, str]:
         """A fault as a modern client sees it: HTTP status and reply (protocol.md section 7)."""
@@ -424,7 +430,7 @@ class ModernFront:
         if state is not None and method in INPUT_METHODS:
             if type(state) is not str:
                 raise start_again("requestState must be a string")
-            binding = Binding.of(exchange.principal, exchange.server_id, message)
+            binding = Binding.of(exchange.principal, exchange.target, message)
             found = self.parking.take(state, binding)
             if type(found) is Parked:
                 return found
@@ -435,7 +441,7 @@ class ModernFront:
         """What may have to wait for a start, a slot or a list."""
         if exchange.message.method != DISCOVER:
             return await self.router.dispatch(exchange)
-        facts = dict(await self.router.discover(exchange.client, exchange.principal, exchange.server_id))
+        facts = dict(await self.router.discover(exchange.client, exchange.principal, exchange.target))
         facts.pop("serverInfo", None)
         facts.pop("protocolVersion", None)
         return Reply.result(_encode({"supportedVersions": list(MODERN_VERSIONS), **facts}))
@@ -563,7 +569,7 @@ class ModernFront:
 
     def _park(self, exchange: Exchange, call: Call, asks: dict[str, Ask], asked: int) -> str:
         """Put a call away until these questions are answered: the reply. ``asked`` counts all questions of the call."""
-        binding = Binding.of(exchange.principal, exchange.server_id, exchange.message)
+        binding = Binding.of(exchange.principal, exchange.target, exchange.message)
         try:
             requests = _encode({key: question_to_modern(ask.message) for key, ask in asks.items()})
             state = self.parking.park(call, asks, exchange.principal, binding, asked)
@@ -597,7 +603,7 @@ class ModernFront:
         members = {name: value for name, value in result.items() if name not in ("resultType", "requestState")}
         state = result.get("requestState")
         if type(state) is str:
-            binding = Binding.of(exchange.principal, exchange.server_id, exchange.message)
+            binding = Binding.of(exchange.principal, exchange.target, exchange.message)
             members["requestState"] = self.parking.relay(state, binding)
         if not members:
             raise ServerProtocolError("The server wants input and does not say which")

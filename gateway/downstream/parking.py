@@ -25,7 +25,7 @@ import trio
 from gateway.auth.principal import Principal
 from gateway.config.model import Settings
 from gateway.errors import ClientProtocolError, Overloaded
-from gateway.exchange import Ask, Call, Exchange, decline
+from gateway.exchange import Ask, Call, Exchange, Target, decline
 from gateway.protocol.eras import name_parameter
 from gateway.protocol.message import INVALID_PARAMS, Message
 
@@ -85,13 +85,13 @@ class Binding:
     """What a state belongs to. ``arguments`` is a digest of all params but the hop's own."""
 
     principal: str
-    server_id: str
+    target: str
     method: str
     name: str
     arguments: str
 
     @classmethod
-    def of(cls, principal: Principal, server_id: str | None, message: Message) -> Binding:
+    def of(cls, principal: Principal, target: Target, message: Message) -> Binding:
         """The binding of a request."""
         import hashlib
 
@@ -100,11 +100,11 @@ class Binding:
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32]
         who = hashlib.sha256(repr(principal).encode()).hexdigest()[:32]
         name = params.get(name_parameter(message.method) or "")
-        return cls(who, server_id or "", message.method, str(name), digest)
+        return cls(who, str(target or ""), message.method, str(name), digest)
 
     def content(self) -> dict[str, str]:
         """As members of a sealed state."""
-        return {"p": self.principal, "s": self.server_id, "m": self.method, "n": self.name, "a": self.arguments}
+        return {"p": self.principal, "s": self.target, "m": self.method, "n": self.name, "a": self.arguments}
 
 
 _NOT_ARGUMENTS: Final = ("_meta", "inputResponses", "requestState")

@@ -246,11 +246,13 @@ class Request(Head):
         body: bytes = b"",
         content_type: str = "application/json",
         headers: Sequence[tuple[str, str]] = (),
+        rest: bytes = b"",
     ) -> None:
         """Send a whole reply, with one write when the socket takes it. Raises ClientGone.
 
-        Not a checkpoint unless the socket is full. Without a body there is no Content-Type. Raises ValueError, with
-        nothing sent, for a header that is no single line of latin-1.
+        ``rest`` is the long end of a body that many replies share: it is never copied. Not a checkpoint unless the
+        socket is full. Without a body there is no Content-Type. Raises ValueError, with nothing sent, for a header that
+        is no single line of latin-1.
         """
         if self.responded:
             raise RuntimeError("this request has already been answered")
@@ -259,12 +261,14 @@ class Request(Head):
             self._settle()
         if self.extra_headers:
             headers = [*self.extra_headers, *headers]
-        if len(body) > JOIN_LIMIT and not self._head_only:
-            head = reply(status, body, content_type, headers, close=self._close, head_only=True)
+        if len(body) + len(rest) > JOIN_LIMIT and not self._head_only:
+            length = len(body) + len(rest)
+            head = reply(status, body, content_type, headers, close=self._close, head_only=True, length=length)
             self.responded = True
-            await connection.send(head)
-            await connection.send(body)
+            await connection.send(head + body if rest else head)
+            await connection.send(rest or body)
             return
+        body += rest
         data = reply(status, body, content_type, headers, close=self._close, head_only=self._head_only)
         self.responded = True
         # This is ``connection.send``, inline because it runs once per request.

@@ -16,7 +16,7 @@ import trio
 
 from gateway.auth.principal import Principal
 from gateway.downstream.streams import EventLog, Feed
-from gateway.exchange import Ask, Call, Client, Interim, decline
+from gateway.exchange import Ask, Call, Client, Interim, Target, decline
 from gateway.hub import Subscription
 from gateway.protocol.eras import Era
 from gateway.protocol.message import Message, build_notification, dumps
@@ -70,16 +70,16 @@ class Session:
         "log",
         "open_streams",
         "principal",
-        "server_id",
         "state",
         "subscription",
+        "target",
         "used",
     )
 
-    def __init__(self, principal: Principal, server_id: str | None, log: EventLog | None) -> None:
+    def __init__(self, principal: Principal, target: Target, log: EventLog | None) -> None:
         self.id = urlsafe_b64encode(os.urandom(24)).decode()
         self.principal = principal
-        self.server_id = server_id
+        self.target = target
         self.client = Client(f"http-{next(_keys)}", Era.LEGACY, "", owner=self)
         self.state = State.NEW
         self.closed = False
@@ -96,12 +96,12 @@ class Session:
         self._streams = 0
 
     def __repr__(self) -> str:
-        where = self.server_id or "merged"
+        where = self.target or "all"
         return f"<Session {self.client.key} {where} {self.state.name} calls={len(self.calls)} asks={len(self.asks)}>"
 
-    def belongs(self, principal: Principal, server_id: str | None) -> bool:
+    def belongs(self, principal: Principal, target: Target) -> bool:
         """Whether this caller may know of it at this endpoint."""
-        return (self.principal is principal or self.principal == principal) and self.server_id == server_id
+        return (self.principal is principal or self.principal == principal) and self.target == target
 
     def greet(self, said: Hello) -> None:
         """Take over what the client's initialize said."""
@@ -147,8 +147,7 @@ class Session:
             self.feed.reader.poke()
 
     def dirty(self) -> bool:
-        """Whether there are changes to announce. Only what shared servers publish of their lists counts; what is
-        published of single resources reaches its subscribers by ``mark``."""
+        """Whether there are changes to announce: of lists, which the hub tells, and of single resources (``mark``)."""
         subscription = self.subscription
         if subscription is not None and subscription.dirty:
             for _, topic in subscription.take():

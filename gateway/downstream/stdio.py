@@ -30,7 +30,7 @@ from gateway.errors import (
     UnknownTarget,
     UpstreamError,
 )
-from gateway.exchange import decline
+from gateway.exchange import Target, ViewName, decline
 from gateway.protocol.eras import LATEST_LEGACY, Era, is_modern
 from gateway.protocol.framing import LineDecoder, Oversize
 from gateway.protocol.handshake import DISCOVER
@@ -97,7 +97,7 @@ class LineFeed:
 
 
 class StdioFront:
-    """One client on a pipe. ``server_id`` None serves the merged view.
+    """One client on a pipe. ``target`` None serves all servers, merged.
 
     ``era`` is the client's, None until a request has shown it. ``server/discover`` shows nothing: who has tried it may
     still begin with initialize (protocol.md section 3, "Classifying a client"). ``remote`` says that the server is
@@ -105,10 +105,10 @@ class StdioFront:
     """
 
     def __init__(
-        self, router: Router, server_id: str | None, lines: Lines, *, max_message_bytes: int, remote: bool = False
+        self, router: Router, target: Target, lines: Lines, *, max_message_bytes: int, remote: bool = False
     ) -> None:
         self.router = router
-        self.server_id = server_id
+        self.target = target
         self.lines = lines
         self.legacy = LegacyFront(router)
         self.remote = remote
@@ -135,13 +135,13 @@ class StdioFront:
 
         A call has its own limit in time, so the drain has one. Questions of servers are declined meanwhile.
         """
-        if self.server_id is not None and not self.remote:
+        if not self.remote:
             try:
-                self.router.check_server(ANONYMOUS, self.server_id)
+                self.router.check(ANONYMOUS, self.target)
             except UnknownTarget:
                 self.refuse_server()
                 return 1
-        session = self.legacy.open(ANONYMOUS, self.server_id, resumable=False)
+        session = self.legacy.open(ANONYMOUS, self.target, resumable=False)
         session.client.version = LATEST_LEGACY
         # The one thing a session's stream is used for here is to carry messages to the client.
         session.feed = cast(Feed, self._feed)
@@ -192,8 +192,10 @@ class StdioFront:
                 return
 
     def refuse_server(self) -> None:
-        """S3: there is no such server."""
-        self.lines.send(build_error("null", UNKNOWN, f"Server '{self.server_id}' not found in catalog", SOURCE))
+        """S3: there is no such server, or no such view."""
+        target = self.target
+        what = f"Server '{target}'" if type(target) is not ViewName else f"View '{target.name}'"
+        self.lines.send(build_error("null", UNKNOWN, f"{what} not found in catalog", SOURCE))
 
     # --------------------------------------------------------------------------------------------------------- reading
     async def _read(self, session: Session, nursery: trio.Nursery) -> None:
@@ -272,7 +274,7 @@ class StdioFront:
             # Not for legacy clients' memory and start.
             from gateway.downstream.stdio_modern import ModernLines
 
-            lines = self._modern_lines = ModernLines(self.router, self.server_id, self.lines)
+            lines = self._modern_lines = ModernLines(self.router, self.target, self.lines)
             nursery.start_soon(lines.run)
         if message.kind is not REQUEST:
             lines.note(message)
@@ -404,7 +406,7 @@ class StdioFront:
             return build_error(message.id_text, DENIED, error.message, data)
         if self.remote and isinstance(error, UpstreamError):
             return self._remote_fault(error, message, data)
-        if self.server_id is None:
+        if type(self.target) is not str:
             return failure(error, message.method, message.id_text)[1]
         if isinstance(error, StartFailed):
             return build_error(message.id_text, UNREACHABLE, f"Failed to connect to server: {error.message}", data)
@@ -419,7 +421,7 @@ class StdioFront:
         if isinstance(error, NoSuchServer):
             if self._unknown_remote():
                 return ""
-            return build_error(message.id_text, UNKNOWN, f"Server '{self.server_id}' not found", data)
+            return build_error(message.id_text, UNKNOWN, f"Server '{self.target}' not found", data)
         if isinstance(error, ServerProtocolError):
             return build_error(message.id_text, error.code, f"Server error: {error.message}", data)
         return build_error(message.id_text, UNREACHABLE, f"Failed to connect to server: {error.message}", data)

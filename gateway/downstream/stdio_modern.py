@@ -17,7 +17,7 @@ from gateway.downstream.listening import LISTEN, Listening
 from gateway.downstream.modern import ModernFront, Unsupported
 from gateway.downstream.streams import COALESCE
 from gateway.errors import ClientProtocolError, GatewayError
-from gateway.exchange import Client
+from gateway.exchange import Client, Target
 from gateway.protocol.eras import (
     CLIENT_CAPABILITIES,
     CLIENT_INFO,
@@ -50,8 +50,8 @@ class ModernRequest:
 class ModernLines:
     """The requests of one modern client, each served in a task of its own. ``run`` must be running."""
 
-    def __init__(self, router: Router, server_id: str | None, lines: Lines) -> None:
-        self.server_id = server_id
+    def __init__(self, router: Router, target: Target, lines: Lines) -> None:
+        self.target = target
         self.lines = lines
         self._front = ModernFront(router)
         self._running: dict[Any, ModernRequest] = {}
@@ -110,7 +110,7 @@ class ModernLines:
                     outlet = LineOutlet(self.lines)
                     try:
                         _, text = await self._front.carry_out(
-                            request.client, ANONYMOUS, self.server_id, message, outlet
+                            request.client, ANONYMOUS, self.target, message, outlet
                         )
                     except GatewayError:
                         await outlet.stand_apart()
@@ -126,7 +126,7 @@ class ModernLines:
         message, send = request.message, self.lines.send
         changed = trio.Event()
         router = self._front.router
-        listening = Listening(router, request.client, ANONYMOUS, self.server_id, message, lambda: changed.set())
+        listening = Listening(router, request.client, ANONYMOUS, self.target, message, lambda: changed.set())
         acknowledged = False
         try:
             await listening.open()

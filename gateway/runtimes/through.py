@@ -19,7 +19,7 @@ __all__ = ["RUNTIME", "ThroughSpec"]
 
 @attrs.frozen
 class ThroughSpec:
-    """The URL of a gateway, without a path of ours, and one of its servers; "" means its merged view.
+    """The URL of a gateway, without a path of ours, and one of its servers or views; "" for both means all servers.
 
     Raises ValueError, with a sentence that never shows the URL, when that is none.
     """
@@ -27,6 +27,8 @@ class ThroughSpec:
     url: str
     server_id: str
     headers: StringMap
+    view: str = ""
+    mode: str = ""
 
     def __attrs_post_init__(self) -> None:
         """See the class."""
@@ -37,8 +39,12 @@ class ThroughSpec:
     @property
     def endpoint(self) -> str:
         """Where it speaks MCP about that server."""
-        path = f"/servers/{quote(self.server_id, safe='')}/mcp" if self.server_id else "/mcp"
-        return self.url.rstrip("/") + path
+        path = "/mcp"
+        if self.server_id:
+            path = f"/servers/{quote(self.server_id, safe='')}/mcp"
+        elif self.view:
+            path = f"/views/{quote(self.view, safe='')}/mcp"
+        return self.url.rstrip("/") + path + (f"?mode={self.mode}" if self.mode else "")
 
     @property
     def plain(self) -> str:

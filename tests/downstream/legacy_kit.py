@@ -19,7 +19,7 @@ from gateway.downstream.legacy import LegacyFront
 from gateway.downstream.server import ConnectionLimits, Request, Server, ServerConnection
 from gateway.downstream.sessions import Session
 from gateway.errors import GatewayError, UnknownTarget
-from gateway.exchange import Ask, Call, Client, Exchange, Interim, Reply
+from gateway.exchange import Ask, Call, Client, Exchange, Interim, Reply, Target
 from gateway.hub import ALL, Hub, Subscription
 from gateway.protocol.message import Malformed, build_notification, decode_reply, decode_request, dumps, split_batch
 from gateway.protocol.sse import Decoder
@@ -74,6 +74,9 @@ class FakeRouter:
         if spec is None:
             raise UnknownTarget(f"Server '{server_id}' not found")
         return spec
+
+    def check(self, principal: Principal, target: Target) -> ServerSpec | None:
+        return self.check_server(principal, target) if isinstance(target, str) else None
 
     def timeout_of(self, server_id: str | None, snapshot: Snapshot) -> float:
         return snapshot.settings.request_timeout_seconds

@@ -78,7 +78,7 @@ async def test_H38_a_whole_conversation(path: str, version: str) -> None:
         assert reply == {"jsonrpc": "2.0", "id": 0, "result": {**FACTS, "protocolVersion": version}}
         await wire.post(tool("x"))
         call = await house.router.call()
-        assert call.exchange.server_id == ("echo" if path.startswith("/servers") else None)
+        assert call.exchange.target == ("echo" if path.startswith("/servers") else None)
         call.deliver(progress(1))
         assert (await wire.next())["params"]["progress"] == 1
         call.finish(OK)

@@ -237,7 +237,7 @@ async def test_sessions_of_the_merged_endpoint() -> None:
         session = await house.open(path="/mcp")
         reply = await house.post(rpc("ping"), session, "/mcp")
         assert reply.json == {"jsonrpc": "2.0", "id": 1, "result": {}}
-        assert house.session.server_id is None
+        assert house.session.target is None
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream", "text/html", "*/*;q=0"])
@@ -333,7 +333,7 @@ async def test_H40_a_plain_call_is_one_json_reply_under_its_own_id(id: Any) -> N
     async with served() as house:
         session = await house.open()
         async with calling(house, session, tool(id)) as (peer, call):
-            assert call.exchange.server_id == "echo"
+            assert call.exchange.target == "echo"
             assert call.exchange.client is house.session.client
             call.finish(Reply.result('{"content":[{"type":"text","text":"é"}]}'))
             reply = await whole(peer)

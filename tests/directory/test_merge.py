@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from gateway.config.model import ServerSpec
-from gateway.directory import NAME_LIMIT, Listing, merge, shorten, with_names
+from gateway.directory import NAME_LIMIT, Listing, fit, merge, with_names
 from gateway.protocol.message import decode_reply
 
 
@@ -34,10 +34,10 @@ def test_empty_prefix_keeps_names_and_the_later_of_two_equal_ones_is_prefixed() 
 
 
 def test_long_names_are_cut_with_a_stable_hash() -> None:
-    one, two = shorten("server__" + "n" * 120 + "1"), shorten("server__" + "n" * 120 + "2")
+    one, two = fit("server__" + "n" * 120 + "1"), fit("server__" + "n" * 120 + "2")
     assert len(one) == len(two) == NAME_LIMIT
     assert one != two
-    assert one == shorten("server__" + "n" * 120 + "1")
+    assert one == fit("server__" + "n" * 120 + "1")
 
 
 def test_uris_stay_while_unique() -> None:
@@ -48,8 +48,9 @@ def test_uris_stay_while_unique() -> None:
 
 
 def test_missing_servers_are_named() -> None:
-    merged = merge("tools/list", [], {"dead": "process exited with code 1"})
-    assert json.loads(merged.text) == {
+    text, result = merge("tools/list", []).page(0, 0, missing={"dead": "process exited with code 1"})
+    assert json.loads(text) == result
+    assert result == {
         "tools": [],
         "_meta": {"io.github.open-mcp-gateway/unavailable": {"dead": "process exited with code 1"}},
     }
