@@ -41,8 +41,7 @@ from gateway.config.model import (
     server_environment,
 )
 from gateway.config.snapshot import Difference, Snapshot, diff, same
-from gateway.directory import LISTS, Plan, merge
-from gateway.directory.merge import shortened
+from gateway.directory import Listing
 from gateway.directory.shelf import Volume
 from gateway.directory.store import Store, encoded, state_folder
 from gateway.errors import ConfigError, Problem, StartFailed, UnknownTarget
@@ -55,7 +54,6 @@ from gateway.runtimes.base import Runtime, Surroundings
 from gateway.supervisor import Directions, Supervisor, Unit
 from gateway.telemetry import logs
 from gateway.telemetry.record import ServerStatus
-from gateway.views import servers_of
 
 __all__ = [
     "Gateway",
@@ -372,34 +370,25 @@ def check(options: HttpOptions) -> int:
         _say_problems(error.problems, "error")
         return 1
     _say_problems(read.warnings, "warning")
-    for text in _name_warnings(read):
+    for text in _advice(read):
         print(f"warning: {text}", file=sys.stderr)
     print(f"OK: {len(read.catalog.servers)} servers in {read.catalog.path}")
     return 0
 
 
-def _name_warnings(read: Read) -> list[str]:
-    """What clients would not find under the name that one expects, as far as it is known what servers list."""
+def _advice(read: Read) -> list[str]:
+    """What is legal in the catalog and hardly meant, as far as it is known what servers list."""
+    from gateway.directory.advice import advise
+
     known: dict[ServerSpec, Volume] = {}
     store = store_of(read.settings)
     if store is not None:
         store.load(read.catalog.servers, known.__setitem__)
-    limit = read.settings.tool_name_limit
-    found: dict[str, None] = {}
-    for view in (None, *read.catalog.views):
-        plan = Plan(view, limit=limit)
-        specs = read.catalog.servers if view is None else servers_of(view, read.catalog.servers)
-        where = f"view '{view.name}': " if view is not None else ""
-        for method in LISTS:
-            lists = [(spec, known[spec].listings.get(method)) for spec in specs if spec in known]
-            pairs = [(spec, listing) for spec, listing in lists if listing is not None]
-            for problem in merge(method, pairs, plan).problems:
-                found[where + problem] = None
-            for spec, listing in pairs:
-                for wanted, name in shortened(spec, listing, plan):
-                    text = f"{where}'{wanted}' of '{spec.id}' is too long (tool_name_limit is {limit}) or not legal"
-                    found[f"{text}; it is '{name}'"] = None
-    return list(found)
+
+    def listed(spec: ServerSpec, method: str) -> Listing | None:
+        return known[spec].listings.get(method) if spec in known else None
+
+    return advise(read.catalog, read.settings.tool_name_limit, listed)
 
 
 def read_or_complain(sources: Sources) -> Read | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from functools import partial
 from math import inf
 from typing import Any, Final
@@ -23,16 +22,16 @@ from typing import Any, Final
 import trio
 
 from gateway.auth.principal import ANONYMOUS, Principal
-from gateway.config.model import ServerSpec, ViewSpec
+from gateway.config.model import ServerSpec
 from gateway.config.snapshot import Snapshot
-from gateway.directory import LISTS, LISTS_OF, Listing, Merged, Plan, Route, merge, prefix_of, topic_of
+from gateway.directory import LISTS, LISTS_OF, Listing, Merged, Plan, Route, merge, prefix_of, servers_of, topic_of
 from gateway.errors import GatewayError, UnknownTarget, UpstreamTimeout
 from gateway.exchange import Client, Target, ViewName
 from gateway.hub import Audience, Hub, Judge
 from gateway.protocol.eras import LATEST_LEGACY, Era
 from gateway.supervisor import Supervisor
 
-__all__ = ["Face", "Views", "servers_of"]
+__all__ = ["Face", "Views"]
 
 log = logging.getLogger("gateway_core")
 
@@ -46,20 +45,6 @@ OLD_TABLES: Final = 8
 """Tables that are kept for clients that are in the middle of their pages."""
 MAX_LINKS: Final = 1000
 """Links to resources, seen in results, that are kept for each face."""
-
-
-def servers_of(view: ViewSpec, servers: Sequence[ServerSpec]) -> tuple[ServerSpec, ...]:
-    """The servers that a view selects, in the catalog's order."""
-
-    def chosen(spec: ServerSpec) -> bool:
-        if any(fnmatchcase(spec.id, pattern) for pattern in view.exclude):
-            return False
-        if not view.servers and not view.tags:
-            return True
-        named = any(fnmatchcase(spec.id, pattern) for pattern in view.servers)
-        return named or not set(view.tags).isdisjoint(spec.tags)
-
-    return tuple(filter(chosen, servers))
 
 
 class Face:
