@@ -14,39 +14,48 @@ import unicodedata
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, Final
 
 import attrs
 
+from gateway.directory.thesaurus import relatives
+
 __all__ = ["Hit", "Index"]
 
-# Weights are whole numbers, so that no sum depends on the order of the tools.
-_NAME: Final = 4
-_TITLE: Final = 3
-_DESCRIPTION: Final = 2
-_ARGUMENT: Final = 1
-
-_SATURATION: Final = 1.2
-_LENGTH: Final = 0.75
-"""k1 and b of BM25, at the values that are usual."""
+_FIELDS: Final = (("name", 2.0, 0.5), ("title", 2.0, 0.5), ("description", 1.5, 0.75), ("arguments", 1.0, 0.75))
+"""Name, weight, and b of BM25: how much the length of the field counts."""
+_SATURATION: Final = 2.0
+"""k1 of BM25."""
 
 _RELATIVE: Final = 0.5
-"""What a word counts that only begins like the one asked for, or is its beginning."""
+"""What a word counts that begins like the one asked for, or is its beginning."""
 _RELATIVE_FROM: Final = 4
+_SYNONYM: Final = 0.5
+"""What a word counts that may stand for the one asked for."""
 
 _MAX_QUERY: Final = 1000
 _MAX_TEXT: Final = 4000
 """Characters that are looked at, of a query and of a description."""
 
 _WORD: Final = re.compile(r"[^\W_]+")
+_SHAPES: Final = (
+    (re.compile(r"\bhttps?://\S+|\bwww\.\S+", re.I), "url"),
+    (re.compile(r"(?<!\w)[\w./~-]*\w\.[a-z]{1,4}\b(?!\w)|(?<!\w)[./~]+\w[\w./~-]*", re.I), "file"),
+    (re.compile(r"(?<!\w)\d+([.,]\d+)*(?!\w)"), "number"),
+)
+"""What a query says without the word for it: addresses, files, numbers. The words come behind the rest."""
 _HUMP: Final = re.compile(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z])(?=[A-Z][a-z]|[0-9])|(?<=[0-9])(?=[A-Za-z])")
 _UNSPACED: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af\u0e00-\u0e7f]")
 """Of scripts that write no spaces between words: each character is a word."""
 
 _SILENT_WORDS: Final = """
-a about all an and any are as at be been but by can could did do does for from get give had has have how i if in into is
-it its let like me my need now of on one or our out please should show so some tell that the their them then there these
-they this to up us use want was we were what when where which who why will with would you your
+a about again all already also am an and any anyone anything are as at back be been being both but by can could did do
+does done each either else every everyone everything few for from get give go going got had has have he her him his how
+i if in into is it its just keep let like longer many may me might more most much must my need no nor not of on one only
+or other our out over own please same see she should show so some someone something such take tell than that the their
+them then there these they this those through to too under until up us use used using very via want was we were what
+when where which while who why will with would you your
 """
 _SILENT: Final = frozenset(_SILENT_WORDS.split())
 """Words of a query that say nothing about a tool."""
@@ -67,81 +76,106 @@ class Index:
 
     def __init__(self, tools: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
         self._tools = sorted(tools, key=lambda tool: tool[:2])
-        self._lengths: list[int] = []
-        self._where: dict[str, list[tuple[int, int]]] = {}
+        self._names = [(name.casefold(), frozenset(_stems(name))) for name, _, _ in self._tools]
+        self._where: dict[str, list[tuple[int, float]]] = {}
         """Stem -> number of each tool that has it, and how much it has of it."""
-        for number, (name, _, item) in enumerate(self._tools):
-            weights = _weighed(name, item)
-            self._lengths.append(sum(weights.values()))
-            for stem, weight in weights.items():
+        texts = [_fields(name, item) for name, _, item in self._tools]
+        weights: list[dict[str, float]] = [{} for _ in texts]
+        for place, (_, weight, b) in enumerate(_FIELDS):
+            lengths = [len(fields[place]) for fields in texts if fields[place]]
+            usual = sum(lengths) / max(len(lengths), 1) or 1.0
+            for number, fields in enumerate(texts):
+                share = weight / (1 - b + b * len(fields[place]) / usual)
+                for stem, count in Counter(fields[place]).items():
+                    weights[number][stem] = weights[number].get(stem, 0.0) + share * count
+        for number, found in enumerate(weights):
+            for stem, weight in found.items():
                 self._where.setdefault(stem, []).append((number, weight))
         self._stems = sorted(self._where)
-        self._usual = sum(self._lengths) / max(len(self._lengths), 1) or 1.0
 
     def search(self, query: str, limit: int = 10, server: str | None = None) -> list[Hit]:
         """The best ``limit`` tools for a query, the best first, ties by name; of one server only, if it is named.
 
-        A query without a word finds every tool, in the order of their names.
+        A tool's own name finds it first, and words that are all in its name before others. A query without a word finds
+        every tool, in the order of their names.
         """
-        words = list(dict.fromkeys(_stems(query[:_MAX_QUERY], silent=_SILENT)))
-        words = words or list(dict.fromkeys(_stems(query[:_MAX_QUERY])))
+        query = query[:_MAX_QUERY]
+        words = list(dict.fromkeys(_stems(_spelt_out(query), silent=_SILENT)))
+        words = words or list(dict.fromkeys(_stems(query)))
         scores: dict[int, float] = dict.fromkeys(range(len(self._tools)), 0.0) if not words else {}
         for word in words:
             for number, score in self._scores(word).items():
                 scores[number] = scores.get(number, 0.0) + score
+        exact, asked = query.strip().casefold(), frozenset(_stems(query))
         # What floating point makes of sums must not decide between equals.
-        found = sorted((-round(score, 9), number) for number, score in scores.items())
-        hits = (Hit(self._tools[n][0], self._tools[n][1], -score, self._tools[n][2]) for score, n in found)
+        found = sorted(
+            (self._names[number][0] != exact, not asked <= self._names[number][1], -round(score, 9), number)
+            for number, score in scores.items()
+        )
+        hits = (Hit(self._tools[n][0], self._tools[n][1], -score, self._tools[n][2]) for *_, score, n in found)
         return [hit for hit in hits if server is None or hit.server_id == server][:limit]
 
     def _scores(self, word: str) -> dict[int, float]:
         """What one word of a query is worth to each tool that has it or a relative of it."""
         best: dict[int, float] = {}
-        for stem in self._relatives(word):
+        for stem, likeness in self._relatives(word).items():
             places = self._where[stem]
             rarity = math.log(1 + (len(self._tools) - len(places) + 0.5) / (len(places) + 0.5))
-            rarity *= 1.0 if stem == word else _RELATIVE
             for number, weight in places:
-                size = 1 - _LENGTH + _LENGTH * self._lengths[number] / self._usual
-                score = rarity * weight * (_SATURATION + 1) / (weight + _SATURATION * size)
+                score = likeness * rarity * weight * (_SATURATION + 1) / (weight + _SATURATION)
                 best[number] = max(best.get(number, 0.0), score)
         return best
 
-    def _relatives(self, word: str) -> Iterator[str]:
-        """The stems of this index that a word stands for: itself, longer ones, and those that it begins with."""
+    def _relatives(self, word: str) -> dict[str, float]:
+        """The stems of this index that a word stands for, and how well: itself, what it may be called otherwise, longer
+        ones, and those that it begins with.
+        """
+        found = {other: _SYNONYM for other in _synonyms().get(word, ()) if other in self._where}
+        if len(word) >= _RELATIVE_FROM:
+            for end in range(_RELATIVE_FROM, len(word)):
+                if word[:end] in self._where:
+                    found[word[:end]] = _RELATIVE
+            for place in range(bisect_left(self._stems, word), len(self._stems)):
+                if not self._stems[place].startswith(word):
+                    break
+                found[self._stems[place]] = _RELATIVE
         if word in self._where:
-            yield word
-        if len(word) < _RELATIVE_FROM:
-            return
-        for place in range(bisect_left(self._stems, word), len(self._stems)):
-            stem = self._stems[place]
-            if not stem.startswith(word):
-                break
-            if stem != word:
-                yield stem
-        for end in range(_RELATIVE_FROM, len(word)):
-            if word[:end] in self._where:
-                yield word[:end]
+            found[word] = 1.0
+        return found
 
 
-def _weighed(name: str, item: Mapping[str, Any]) -> Counter[str]:
-    """How much a tool has of each stem."""
-    weights: Counter[str] = Counter()
+@cache
+def _synonyms() -> Mapping[str, frozenset[str]]:
+    return relatives(_stem)
+
+
+def _fields(name: str, item: Mapping[str, Any]) -> tuple[list[str], ...]:
+    """The stems of each of FIELDS."""
     annotations, schema = item.get("annotations"), item.get("inputSchema")
     titles = (item.get("title"), annotations.get("title") if isinstance(annotations, dict) else None)
     title = next((text for text in titles if isinstance(text, str)), "")
     properties = schema.get("properties") if isinstance(schema, dict) else None
     arguments: Iterable[str] = properties if isinstance(properties, dict) else ()
     description = item.get("description")
-    for stem in set(_stems(name)):  # git__git_diff is not twice as much of git
-        weights[stem] += _NAME
-    for stem in set(_stems(title)):
-        weights[stem] += _TITLE
-    for stem in _stems(description[:_MAX_TEXT] if isinstance(description, str) else ""):
-        weights[stem] += _DESCRIPTION
-    for stem in {stem for argument in arguments for stem in _stems(argument)}:
-        weights[stem] += _ARGUMENT
-    return weights
+    text = description[:_MAX_TEXT] if isinstance(description, str) else ""
+    # git__git_diff is not twice as much of git.
+    return (
+        list(dict.fromkeys(_stems(name))),
+        list(dict.fromkeys(_stems(title))),
+        list(_stems(text)),
+        list(dict.fromkeys(stem for argument in arguments for stem in _stems(argument))),
+    )
+
+
+def _spelt_out(query: str) -> str:
+    """A query with words for what has only the shape of something, if it says anything else."""
+    rest, hints = query, []
+    for shape, word in _SHAPES:
+        left = shape.sub(" ", rest)
+        if left != rest:
+            hints.append(word)
+            rest = left
+    return f"{query} {' '.join(hints)}" if _WORD.search(rest) else query
 
 
 def _stems(text: str, silent: frozenset[str] = frozenset()) -> Iterator[str]:
