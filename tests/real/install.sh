@@ -56,6 +56,7 @@ part() {
     fetch) py fetch mcp-server-fetch==2026.10.24 ;;
     servers) node servers @modelcontextprotocol/server-everything@2026.8.31 \
       @modelcontextprotocol/server-filesystem@2026.8.31 @modelcontextprotocol/server-memory@2026.8.31 ;;
+    thinking) node thinking @modelcontextprotocol/server-sequential-thinking@2026.8.31 ;;
     # clients
     sdk) py sdk mcp==2.3.0 ;;
     fastmcp) py fastmcp fastmcp==4.1.2 ;;
@@ -85,7 +86,7 @@ part() {
 
 for name in "${@:-all}"; do
   if [ "$name" = all ]; then
-    for each in servers sdk time git fetch fastmcp sdk1 client inspector mcpc conformance conformance-next; do
+    for each in servers thinking sdk time git fetch fastmcp sdk1 client inspector mcpc conformance conformance-next; do
       echo "installing $each"
       part "$each"
     done
