@@ -65,21 +65,21 @@ class Aggregate:
         face = self.views.face(exchange.target, exchange.principal)
         if face.searching and method.startswith("tools/"):
             return None
-        if method in LISTS:
-            table = self.views.table(face, method, exchange.client, exchange.principal)
-            if not face.complete[method] or message.param("cursor") is not None:
+        if method == "tools/call" or method == "prompts/get":
+            name = message.param("name")
+            table = self.views.table(face, ROUTED[method][0], exchange.client, exchange.principal)
+            route = table.routes.get(name) if type(name) is str else None
+            if route is None or route.spec.isolation == "call":
                 return None
-            return self._page(face, table, exchange)
-        if method != "tools/call" and method != "prompts/get":
+            self._prepare(face, route, exchange, "name", name)
+            unit = self.supervisor.unit(route.spec, exchange.client, exchange.principal)
+            return unit.begin(exchange) if unit.try_enter(exchange.deadline) else None
+        if method not in LISTS:
             return None
-        name = message.param("name")
-        table = self.views.table(face, ROUTED[method][0], exchange.client, exchange.principal)
-        route = table.routes.get(name) if type(name) is str else None
-        if route is None or route.spec.isolation == "call":
+        table = self.views.table(face, method, exchange.client, exchange.principal)
+        if not face.complete[method] or message.param("cursor") is not None:
             return None
-        self._prepare(face, route, exchange, "name", name)
-        unit = self.supervisor.unit(route.spec, exchange.client, exchange.principal)
-        return unit.begin(exchange) if unit.try_enter(exchange.deadline) else None
+        return self._page(face, table, exchange)
 
     async def answer(self, exchange: Exchange) -> Reply | Call:
         """Answer a request, or send it to its server. Raises GatewayError. Waits as ``Router.dispatch`` does."""

@@ -374,7 +374,8 @@ class Call:
         if self.done:
             return
         if self.exchange.rewrite is not None:
-            reply = Reply(self.exchange.rewrite(reply.message))
+            message = self.exchange.rewrite(reply.message)
+            reply = reply if message is reply.message else Reply(message)
         self.end()
         task = self._task
         if task is not None:

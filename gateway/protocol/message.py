@@ -199,6 +199,14 @@ class Message:
                 if found is not None:
                     start = found.end()
                     return start, _scan_reply(text, start)[1]
+            # No member comes twice (that was refused), so those behind it need not be looked at.
+            at = self.params_span[0] + 1
+            while (found := _plain_key(text, at)) is not None:
+                start = found.end()
+                end = _scan_reply(text, start)[1]
+                if found[1] == name:
+                    return start, end
+                at = _skip(text, end) + 1
         return self.spans[name]
 
     def params_text(self, changes: Mapping[str, str] | None = None) -> str:
@@ -220,13 +228,12 @@ class Message:
             return f"{self.text[start:first]}{value}{self.text[last:end]}"
         parts: list[str] = []
         at = start
-        spans = self.spans
-        replaced = sorted((spans[name], value) for name, value in changes.items() if name in spans)
-        for (first, last), value in replaced:
+        replaced = [(self.span(name), value) for name, value in changes.items() if name in self.params]
+        for (first, last), value in sorted(replaced) if len(replaced) > 1 else replaced:
             parts.append(self.text[at:first])
             parts.append(value)
             at = last
-        added = [f"{quote(name)}:{value}" for name, value in changes.items() if name not in spans]
+        added = [f"{quote(name)}:{value}" for name, value in changes.items() if name not in self.params]
         if not added:
             parts.append(self.text[at:end])
             return "".join(parts)

@@ -10,7 +10,6 @@ rounds' ratios to the legacy client at the legacy server. Latency says nothing h
 from __future__ import annotations
 
 import json
-import os
 import selectors
 import socket
 import statistics
@@ -29,8 +28,7 @@ PAIRS = [(client, server) for client in ("legacy", "modern") for server in ("leg
 
 def cpu(pid: int) -> float:
     """Seconds of CPU that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 def request(gateway: RunningGateway, client: str, server: str) -> bytes:

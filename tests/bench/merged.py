@@ -181,19 +181,14 @@ def lists(folder: Path, pyz: Path | None) -> None:
     for _ in range(RESTARTS):
         with RunningGateway(folder, entries, pyz=pyz) as gateway:
             data = request(gateway, "legacy", "/mcp", "tools/list", {})
-            spent = [nanoseconds(gateway.process.pid)]
+            spent = [eras.cpu(gateway.process.pid)]
             for _ in range(2):
                 answers(gateway.port, data, 1)
-                spent.append(nanoseconds(gateway.process.pid))
+                spent.append(eras.cpu(gateway.process.pid))
             children = Path(f"/proc/{gateway.process.pid}/task/{gateway.process.pid}/children").read_text().split()
             first.append((spent[1] - spent[0], spent[2] - spent[1], len(children)))
     ratio = statistics.median(one / two for one, two, _ in first)
     print(f"first list after a restart, next to the second: {ratio:.2f}; processes: {max(n for _, _, n in first)}")
-
-
-def nanoseconds(pid: int) -> int:
-    """CPU that a process has used."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
 
 
 def main() -> None:
