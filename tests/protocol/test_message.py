@@ -40,8 +40,9 @@ def test_replacing_one_member_leaves_every_other_byte() -> None:
     assert message.params_text({"name": '"long"'}) == '{"name": "long", "arguments": {"x": 1.50}, "z": [1]}'
     added = message.params_text({"_meta": '{"progressToken":3}', "name": '"n"'})
     assert added == '{"name": "n", "arguments": {"x": 1.50}, "z": [1],"_meta":{"progressToken":3}}'
-    nested = decode_request('{"jsonrpc":"2.0","method":"x","params":{"a": {"name": 1} ,"name" : "b", "c": {"name": 2}}}')
-    assert nested.params_text({"name": '"n"'}) == '{"a": {"name": 1} ,"name" : "n", "c": {"name": 2}}'
+    nested = '{"a": {"name": 1} ,"name" : "%s", "c": {"name": 2}}'
+    message = decode_request(f'{{"jsonrpc":"2.0","method":"x","params":{nested % "b"}}}')
+    assert message.params_text({"name": '"n"'}) == nested % "n"
     assert decode_request('{"jsonrpc":"2.0","method":"x","params":{}}').params_text({"a": "1"}) == '{"a":1}'
     assert decode_request('{"jsonrpc":"2.0","method":"x"}').params_text({"a": "1"}) == '{"a":1}'
 
