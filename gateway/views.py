@@ -221,6 +221,7 @@ class Views:
     def table(self, face: Face, method: str, client: Client, principal: Principal) -> Merged:
         """The merged table of what is known now; awaits nothing."""
         supervisor = self.supervisor
+        table = face.table(method, supervisor)
         if supervisor.deviants and face.isolated:
             own = {}
             for spec in face.isolated:
@@ -229,7 +230,7 @@ class Views:
                     own[spec] = unit.own_lists[method]
             if own:
                 return face.own_table(method, supervisor, own)
-        return face.table(method, supervisor)
+        return table
 
     # -------------------------------------------------------------------------------------------------------- listing
     async def listed(

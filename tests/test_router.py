@@ -334,3 +334,23 @@ async def test_a_server_isolated_by_call_is_listed_once_and_leaves_nothing(start
         assert house.scripts["a"].starts == 2 + n, "one to list, one for each call"
     assert len(house.supervisor.units()) == 1
     assert house.scripts["a"].running == 0
+
+
+async def test_C7_a_client_whose_own_server_lists_otherwise_may_be_the_first_to_ask(
+    start: Any, autojump_clock: MockClock
+) -> None:
+    house = await start(a=tool_server("one"))
+    (spec,) = house.specs
+    house.snapshot = Snapshot(Settings(), Catalog((attrs.evolve(spec, isolation="session"),)))
+    (spec,) = house.snapshot.catalog.servers
+    other = Client("other", Era.LEGACY, "2025-11-25", owner=Owner())
+    await house.supervisor.unit(spec, other, ANONYMOUS).list_all("tools/list", lambda method: None)
+    house.scripts["a"].answer = tool_server("two").answer
+    await house.supervisor.unit(spec, house.client, ANONYMOUS).ready()
+    house.scripts["a"].pipe.say({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
+    await trio.sleep(1)
+    message = decode_request('{"jsonrpc":"2.0","id":1,"method":"tools/list"}')
+    for client, listed in ((house.client, ["a__two"]), (other, ["a__one"])):
+        got = house.router.dispatch_now(Exchange(message, ANONYMOUS, house.snapshot, client, None, 30))
+        assert isinstance(got, Reply)
+        assert [tool["name"] for tool in got.message.result["tools"]] == listed
