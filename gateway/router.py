@@ -323,7 +323,9 @@ class Router:
         if client is not None:
             audiences += [client.key, (principal, client.key)]
         judge = self.views.judge(target, principal, client)
-        return self.hub.subscribe(target if type(target) is str else ALL, wake, *audiences, judge=judge)
+        subscription = self.hub.subscribe(target if type(target) is str else ALL, wake, *audiences, judge=judge)
+        self.views.resume(target, principal)
+        return subscription
 
     async def listen(
         self, client: Client, principal: Principal, target: Target, uris: Sequence[str], deadline: float

@@ -711,16 +711,17 @@ class Unit:
     def _verify(self) -> None:
         """A server that has just started may list something else than its predecessor, or than what was kept on disk.
 
-        Of an isolated one that is only asked if nobody was yet: others of its kind are as good.
+        Of an isolated one that is only asked if nobody was yet whose client can be asked the same: servers offer more
+        to clients that can be asked more, and those of a kind are as good as each other.
         """
         if self.spec.isolation == "call":
             return
-        volume = self.supervisor.shelf.volume(self.spec)
+        volume, askable = self.supervisor.shelf.volume(self.spec), self._askable()
         for topic, methods in LISTS_OF.items():
             known = [
                 method
                 for method in methods
-                if method in volume.listings and (self.client is None or method not in volume.verified)
+                if method in volume.listings and (self.client is None or volume.verified.get(method) != askable)
             ]
             if known and topic not in self._refreshing:
                 self._refresh_soon(topic, known)
@@ -761,7 +762,7 @@ class Unit:
         """
         shelf, method = self.supervisor.shelf, listing.method
         if self.client is None or method not in shelf.volume(self.spec).verified:
-            if shelf.put(self.spec, listing):
+            if shelf.put(self.spec, listing, self._askable()):
                 self.supervisor.hub.publish(self.spec.id, topic_of(method))
             return
         former = self.known(method)
@@ -775,6 +776,10 @@ class Unit:
             self.supervisor.deviants.discard(self)
         if listing != former:
             self._publish(topic_of(method))
+
+    def _askable(self) -> str:
+        """What its client can be asked, as the shelf has it."""
+        return "" if self.client is None else json.dumps(self.client.capabilities, sort_keys=True)
 
     # --------------------------------------------------------------------------------------------------------- listing
     def known(self, method: str) -> Listing | None:
@@ -796,13 +801,13 @@ class Unit:
             if link is None:
                 raise ServerProtocolError(f"Server '{self.spec.id}' has just ended")
             listing = await self._list(link, method, deadline)
-            self.supervisor.shelf.put(self.spec, listing)
+            self.supervisor.shelf.put(self.spec, listing, self._askable())
             return listing
         finally:
             self.unhold()
 
     async def list_all(self, first: str, listed: Callable[[str], None]) -> None:
-        """Have every list kept that is not known yet, ``first`` first; ``listed`` is told of each.
+        """Have every list kept that is not known yet, ``first`` first; ``listed`` is told of each that came.
 
         Starts the server; takes no slot. Raises as ``listing`` does, after all lists were tried.
         """
@@ -816,7 +821,8 @@ class Unit:
                     await self.listing(method, trio.current_time() + REFRESH_LIMIT)
                 except GatewayError as error:
                     failure = failure or error
-                listed(method)
+                else:
+                    listed(method)
         finally:
             self.unhold()
         if failure is not None:

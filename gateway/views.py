@@ -290,6 +290,16 @@ class Views:
             fetch.poked.set()
         return fetch
 
+    def resume(self, target: Target, principal: Principal) -> None:
+        """Somebody listens there from now on: try again what could not be listed and was given up."""
+        with suppress(UnknownTarget):
+            for spec in self.face(target, principal).specs:
+                fetch = self._fetches.get(spec)
+                if fetch is not None and not fetch.running:
+                    fetch.client, fetch.principal = _nobody(), ANONYMOUS
+                    fetch.running = fetch.trying = True
+                    self.supervisor.spawn(partial(self._run, spec, fetch))
+
     async def _run(self, spec: ServerSpec, fetch: _Fetch) -> None:
         """Try until it is listed, or nobody cares any more."""
         pause = 1.0

@@ -19,11 +19,13 @@ __all__ = ["Shelf", "Volume"]
 
 @attrs.define(eq=False)
 class Volume:
-    """One server. ``verified`` has the list methods that this process has seen answered."""
+    """One server. ``verified`` has the list methods that this process has seen answered, and for each what the client
+    could be asked that the server had then (its capabilities as text; "" for a server that is everybody's).
+    """
 
     facts: Mapping[str, Any] | None = None
     listings: dict[str, Listing] = attrs.field(factory=dict)
-    verified: set[str] = attrs.field(factory=set)
+    verified: dict[str, str] = attrs.field(factory=dict)
 
 
 class Shelf:
@@ -58,11 +60,11 @@ class Shelf:
             volume.facts = facts
             self.on_change(spec)
 
-    def put(self, spec: ServerSpec, listing: Listing) -> bool:
+    def put(self, spec: ServerSpec, listing: Listing, askable: str = "") -> bool:
         """The server has just answered with this list. Whether it is another one than before."""
         volume = self.volume(spec)
         former = volume.listings.get(listing.method)
-        volume.verified.add(listing.method)
+        volume.verified[listing.method] = askable
         if former == listing and former is not None and former.terms == listing.terms:
             return False  # the former stays, and with it what was made of it
         volume.listings[listing.method] = listing

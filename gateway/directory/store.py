@@ -65,7 +65,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "listings"
         self._key: bytes | None = None
-        self._warned: set[str] = set()
+        self._warned: set[Path] = set()
 
     def load(self, specs: Collection[ServerSpec], take: Callable[[ServerSpec, Volume], None]) -> None:
         """Hand over what is known of these servers."""
@@ -111,7 +111,8 @@ class Store:
         if self._read_key(create=True) is None:
             return
         path = self.path(spec)
-        new = path.with_name(f"{path.name}.{os.getpid()}.new")
+        # Not by the process id: a container has the same at every start, and may have been killed while it wrote.
+        new = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
         try:
             descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(descriptor, "w", encoding="utf-8", errors="surrogatepass") as file:
@@ -149,11 +150,10 @@ class Store:
                 finally:
                     new.unlink()
             key = path.read_bytes()
-        except FileNotFoundError:
-            return None
         except OSError as error:
-            what = "nothing can be written there" if create else "it can't be read"
-            self._warn(self.folder, f"{what}: {error.strerror or error}")
+            if create or not isinstance(error, FileNotFoundError):
+                what = "nothing can be written there" if create else "it can't be read"
+                self._warn(self.folder, f"{what}: {error.strerror or error}")
             return None
         if len(key) != KEY_SIZE:
             self._warn(path, "it is damaged; delete it")
@@ -162,10 +162,9 @@ class Store:
         return key
 
     def _warn(self, path: Path, reason: str) -> None:
-        text = f"Lists kept in {path} are not used: {reason}"
-        if text not in self._warned:
-            self._warned.add(text)
-            log.warning("%s", text)
+        if path not in self._warned:
+            self._warned.add(path)
+            log.warning("Lists kept in %s are not used: %s", path, reason)
 
 
 KEY_NAME: Final = "key"
