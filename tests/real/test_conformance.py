@@ -1,8 +1,8 @@
-"""Row B1: the official conformance suites, first against the fixture server itself and then through the gateway.
+"""Rows B1 and C1: the official conformance suites, first against the fixture server itself, then through the gateway.
 
 Four cells: the server behind the gateway speaks only the legacy era or only the modern one, over stdio or over HTTP.
-In each cell the suites of both eras run against ``/servers/ID/mcp`` and against ``/mcp``, and what passes without the
-gateway must pass through it, but for the scenarios in EXCEPTIONS.
+In each cell the suites of both eras run against ``/servers/ID/mcp`` and against ``/mcp``, where the server has an empty
+prefix and a neighbour. What passes without the gateway must pass through it, but for the scenarios in EXCEPTIONS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
-from running import ACCEPT, RunningGateway
+from running import ACCEPT, RunningGateway, command
 
 pytestmark = pytest.mark.real
 
@@ -48,17 +48,18 @@ SUITES = {
     "2025-11-25": Suite(NEW, ["--requirements", "2025-11-25"], 84, 33),
     "2026-07-28": Suite(NEW, ["--requirements", "2026-07-28"], 152, 40),
 }
-THROUGH = {
-    "server": [name for name in SUITES if name != "0.1.16-active"],
-    "merged": [name for name in SUITES if name[:2] == "20" and name != "2025-06-18"],
-}
-"""What runs against each endpoint of the gateway. ``active`` is a part of ``all``; and the older suites have the
-scenarios of 2025-11-25, too, which suffice for the second endpoint."""
+THROUGH = [name for name in SUITES if name != "0.1.16-active"]
+"""What runs against each endpoint of the gateway; ``active`` is a part of ``all``."""
 LEGACY, MODERN, KEY = "2025-11-25", "2026-07-28", "io.modelcontextprotocol"
 EXTENSIONS = re.compile(r"tasks-|sep-2640-")
 """Scenarios of optional extensions, which the requirement sets run but don't score."""
 
 ENDPOINTS = {"server": "/servers/era/mcp", "merged": "/mcp"}
+NEIGHBOUR = {
+    "id": "demo",
+    "runtime": {"type": "local-process", "command": command()[0], "args": [*command()[1:], "demo-server"]},
+}
+"""Another server at the merged endpoint, so that something is merged there."""
 CELLS = ["legacy-stdio", "legacy-http", "modern-stdio", "modern-http"]
 
 JSON_ANSWER = (
@@ -206,18 +207,18 @@ def cell(
             entry["runtime"] = {"type": "remote-sse", "url": server.url}
             yield request.param, run_cell(folder, entry, real_part)
     else:
-        command, *args = era_command(era, real_part)
-        entry["runtime"] = {"type": "local-process", "command": command, "args": args}
+        program, *args = era_command(era, real_part)
+        entry["runtime"] = {"type": "local-process", "command": program, "args": args}
         yield request.param, run_cell(folder, entry, real_part)
 
 
 def run_cell(folder: Path, entry: dict[str, Any], part: Part) -> dict[tuple[str, str], Outcome]:
-    with RunningGateway(folder, [entry]) as gateway:
+    with RunningGateway(folder, [entry, NEIGHBOUR]) as gateway:
         warm_up(gateway)
         tasks = {
             (endpoint, name): (name, f"http://127.0.0.1:{gateway.port}{path}")
             for endpoint, path in ENDPOINTS.items()
-            for name in THROUGH[endpoint]
+            for name in THROUGH
         }
         results = run_all(tasks, folder, part)
     (folder / "gateway.log").write_text("\n".join(gateway.lines))
@@ -285,12 +286,8 @@ def test_B1_baseline(name: str, baseline: dict[str, Outcome]) -> None:
     assert outcome.status == 0
 
 
-@pytest.mark.parametrize(("endpoint", "name"), [(endpoint, name) for endpoint in THROUGH for name in THROUGH[endpoint]])
-def test_B1_cell(
-    endpoint: str,
-    name: str,
-    baseline: dict[str, Outcome],
-    cell: tuple[str, dict[tuple[str, str], Outcome]],
+def check_cell(
+    endpoint: str, name: str, baseline: dict[str, Outcome], cell: tuple[str, dict[tuple[str, str], Outcome]]
 ) -> None:
     """What passes without the gateway passes through it."""
     which, results = cell
@@ -309,3 +306,15 @@ def test_B1_cell(
                 problems.append(f"{scenario}: {id}: {explained(checks, id)}")
     problems += [f"{scenario}: {id}: passes and needs no exception" for scenario, id in sorted(exceptions)]
     assert not problems, f"{which}, {endpoint}, {name}:\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_B1_cell(name: str, baseline: dict[str, Outcome], cell: tuple[str, dict[tuple[str, str], Outcome]]) -> None:
+    check_cell("server", name, baseline, cell)
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_C1_merged_cell(
+    name: str, baseline: dict[str, Outcome], cell: tuple[str, dict[tuple[str, str], Outcome]]
+) -> None:
+    check_cell("merged", name, baseline, cell)
