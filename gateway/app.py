@@ -49,7 +49,7 @@ from gateway.exchange import Client, Target, ViewName
 from gateway.hub import ALL, Hub
 from gateway.protocol.eras import LATEST_LEGACY, Era
 from gateway.router import Router
-from gateway.runtimes import RUNTIMES, ProcessGuard, by_type, load_plugins
+from gateway.runtimes import RUNTIMES, Instances, ProcessGuard, by_type, load_plugins
 from gateway.runtimes.base import Runtime, Surroundings
 from gateway.supervisor import Directions, Supervisor, Unit
 from gateway.telemetry import logs
@@ -67,7 +67,7 @@ __all__ = [
     "run_http",
     "run_stdio",
     "set_up_logs",
-    "store_of",
+    "state_of",
 ]
 
 log = logging.getLogger("gateway_http")
@@ -75,6 +75,9 @@ core_log = logging.getLogger("gateway_core")
 watch_log = logging.getLogger("catalog_watcher")
 
 LIST_TOPICS: Final = ("tools", "prompts", "resources")
+SWEEP_PAUSE: Final = 5.0
+MAX_SWEEP_PAUSE: Final = 300.0
+"""Seconds before it is tried again to remove what a killed gateway has left."""
 SAVE_PAUSE: Final = 1.0
 """Seconds for which changed lists are gathered before they are written to disk."""
 
@@ -147,11 +150,12 @@ class Sources:
 class Gateway:
     """The running gateway without a front: snapshot, supervisor, router, reload.
 
-    ``read`` gives what the files say at the start; ``sources`` reads them again. ``store`` keeps what servers list, and
-    is read at once, so this blocks. One exists for each process.
+    ``read`` gives what the files say at the start; ``sources`` reads them again. ``state`` is the folder that remembers
+    what servers list, which is read at once, so this blocks, and where gateways may have left something; None for no
+    memory. Without ``remember`` no lists are kept or read there. One exists for each process.
     """
 
-    def __init__(self, sources: Sources, read: Read, store: Store | None = None) -> None:
+    def __init__(self, sources: Sources, read: Read, state: Path | None = None, *, remember: bool = True) -> None:
         self.sources = sources
         self.snapshot = Snapshot(read.settings, read.catalog)
         self.started = trio.current_time()
@@ -159,6 +163,7 @@ class Gateway:
         self.on_settings: list[Callable[[Settings], None]] = []
         self._read = read
         self._guard = ProcessGuard()
+        self._instances = Instances(state)
         self._redactor = secrets_of(read.settings, read.catalog)
         self._reloading = trio.Lock()
         info = {"name": "open-mcp-gateway", "version": gateway.__version__}
@@ -167,7 +172,7 @@ class Gateway:
             Directions(read.runtimes, self._surroundings, lambda: self.snapshot.settings, info), self.hub
         )
         self.router = Router(self.supervisor, self.hub, lambda: self.snapshot, info)
-        self._store = store
+        self._store = store = Store(state) if state is not None and remember else None
         self._unsaved: set[ServerSpec] = set()
         self._to_save = trio.Event()
         if store is not None:
@@ -216,7 +221,34 @@ class Gateway:
             redact=self._redactor.redact,
             guard=self._guard,
             catalog_dir=snapshot.catalog.path.parent,
+            env=spec.env.revealed(),
+            environ=os.environ,
+            instance=self._instances,
+            allowed_paths=snapshot.settings.docker.allowed_paths,
         )
+
+    async def _sweep(self) -> None:
+        """Remove what gateways have left that were killed (P7); again later what could not be looked at now."""
+        pause = SWEEP_PAUSE
+        while not await self._sweep_once():
+            await trio.sleep(pause)
+            pause = min(2 * pause, MAX_SWEEP_PAUSE)
+
+    async def _sweep_once(self) -> bool:
+        """Whether there is nothing left to look at."""
+        done = True
+        for name in self._instances.left():
+            try:
+                with self._instances.taken(name) as left:
+                    for type, where in () if left is None else left[1]:
+                        runtime = self.supervisor.directions.runtimes.get(type)
+                        if runtime is None or runtime.sweep is None:
+                            raise StartFailed(f"runtime type '{type}' is not available")
+                        await runtime.sweep(where, name, os.environ)
+            except StartFailed as error:
+                core_log.info("What a killed gateway has left can't be removed yet: %s", error.message)
+                done = False
+        return done
 
     # -------------------------------------------------------------------------------------------------------- reload
     async def reload(self) -> tuple[Difference, int]:
@@ -306,9 +338,10 @@ class Gateway:
     # ----------------------------------------------------------------------------------------------------------- life
     async def run(self, front: Callable[[], Awaitable[None]]) -> None:
         """Run servers for as long as ``front`` runs, then stop them all; bounded by their stop grace."""
-        async with self._guard, trio.open_nursery() as house:
+        async with self._guard, contextlib.aclosing(self._instances), trio.open_nursery() as house:
             await house.start(self.supervisor.run)
             await house.start(self.hub.run)
+            house.start_soon(self._sweep)
             if self._store is not None:
                 house.start_soon(self._save_changes)
             try:
@@ -356,9 +389,8 @@ def overrides(options: HttpOptions | StdioOptions) -> dict[str, object]:
     return found
 
 
-def store_of(settings: Settings) -> Store | None:
-    folder = state_folder(settings.state_dir, os.environ)
-    return Store(folder) if folder is not None else None
+def state_of(settings: Settings) -> Path | None:
+    return state_folder(settings.state_dir, os.environ)
 
 
 def check(options: HttpOptions) -> int:
@@ -372,6 +404,8 @@ def check(options: HttpOptions) -> int:
     _say_problems(read.warnings, "warning")
     for text in _advice(read):
         print(f"warning: {text}", file=sys.stderr)
+    for text in _runtime_advice(read):
+        print(f"note: {text}", file=sys.stderr)
     print(f"OK: {len(read.catalog.servers)} servers in {read.catalog.path}")
     return 0
 
@@ -381,14 +415,31 @@ def _advice(read: Read) -> list[str]:
     from gateway.directory.advice import advise
 
     known: dict[ServerSpec, Volume] = {}
-    store = store_of(read.settings)
-    if store is not None:
-        store.load(read.catalog.servers, known.__setitem__)
+    folder = state_of(read.settings)
+    if folder is not None:
+        Store(folder).load(read.catalog.servers, known.__setitem__)
 
     def listed(spec: ServerSpec, method: str) -> Listing | None:
         return known[spec].listings.get(method) if spec in known else None
 
     return advise(read.catalog, read.settings.tool_name_limit, listed)
+
+
+def _runtime_advice(read: Read) -> list[str]:
+    """What an entry allows beyond what is safe, and what its start would refuse."""
+    found = []
+    for spec in read.catalog.servers:
+        advice = read.runtimes[spec.runtime_type].advice
+        if advice is not None:
+            surroundings = Surroundings(
+                spec.id,
+                {},
+                catalog_dir=read.catalog.path.parent,
+                environ=os.environ,
+                allowed_paths=read.settings.docker.allowed_paths,
+            )
+            found += [f"server '{spec.id}': {text}" for text in advice(spec.runtime, surroundings)]
+    return found
 
 
 def read_or_complain(sources: Sources) -> Read | None:
@@ -422,7 +473,7 @@ async def _http(sources: Sources, read: Read, sockets: Sequence[Any], level: str
     from gateway.downstream.endpoint import Endpoint
     from gateway.downstream.server import Server, serve
 
-    house = Gateway(sources, read, store_of(read.settings))
+    house = Gateway(sources, read, state_of(read.settings))
     log.info("Starting Open MCP Gateway")
     for problem in read.warnings:
         log.warning("%s", problem)
@@ -521,6 +572,10 @@ class _Operations:
     def status(self, server_id: str) -> ServerStatus:
         """See ``Operations``."""
         return self._house.supervisor.status(server_id)
+
+    async def instances(self, server_id: str) -> Sequence[Mapping[str, Any]]:
+        """See ``Operations``."""
+        return await self._house.supervisor.measured(server_id)
 
     async def start(self, server_id: str, principal: Principal) -> bool:
         """See ``Operations``."""
@@ -630,7 +685,7 @@ def _through(url: str, server_id: str | None, view: str | None = None, mode: str
 async def _stdio(sources: Sources, read: Read, options: StdioOptions) -> int:
     from gateway.downstream.stdio import Lines, StdioFront
 
-    house = Gateway(sources, read, store_of(read.settings) if options.gateway is None else None)
+    house = Gateway(sources, read, state_of(read.settings) if options.gateway is None else None)
     lines = Lines()
     target: Target = options.server
     if options.gateway is not None:

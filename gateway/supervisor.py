@@ -58,6 +58,12 @@ REFRESH_LIMIT: Final = 10.0
 PROBE_TIMEOUT: Final = 10.0
 """Seconds that a server may be silent to the modern probe; official clients wait as long."""
 SUBSCRIBE_TIMEOUT: Final = 10.0
+PROGRESS_SPACING: Final = 5.0
+"""Seconds between two lines of the log about one start."""
+MEASURE_LIMIT: Final = 2.0
+"""Seconds that somebody who looks at a server waits for what its instances use."""
+MAX_MEASURED: Final = 20
+"""Instances of one server that are asked for it."""
 MARGIN: Final = 1.0
 """Seconds by which a slot may come back after its call's deadline: links look at deadlines from time to time."""
 LIST_TOPICS: Final = {
@@ -136,7 +142,8 @@ class Unit:
 
     ``link`` is set exactly while calls may be made. ``active`` counts the slots taken (at most ``limit``), ``holds``
     what else keeps the unit from idling: resource subscriptions and work of the gateway's own. ``own_lists`` are those
-    of a client's own server that have become others than its kind's. ``mute`` says that it could not list its tools.
+    of a client's own server that have become others than its kind's. ``mute`` says that it could not list its tools,
+    ``progress`` what its start is doing, for people.
     """
 
     def __init__(self, key: UnitKey, supervisor: Supervisor, client: Client | None) -> None:
@@ -150,6 +157,7 @@ class Unit:
         self.facts: Mapping[str, Any] = {}
         self.own_lists: dict[str, Listing] = {}
         self.mute = False
+        self.progress = ""
         self.active = 0
         self.holds = 0
         self.replies = 0
@@ -170,6 +178,8 @@ class Unit:
         self._stopping = ""
         self._harmed = False
         self._refreshing: dict[str, bool] = {}
+        self._next_word = -inf
+        self._began = 0.0
         self.configure(supervisor.directions.settings())
 
     def configure(self, settings: Settings) -> None:
@@ -250,7 +260,7 @@ class Unit:
             raise
         self._counters.errors += 1
         self.leave()
-        raise UpstreamTimeout(f"Server '{self.spec.id}' is still starting; try again later")
+        raise self._still_starting()
 
     async def _queue_up(self, deadline: float, client: str) -> None:
         if len(self._queue) >= MAX_WAITING:
@@ -389,10 +399,14 @@ class Unit:
             with trio.move_on_at(deadline):
                 await self.ready()
                 return
-            raise UpstreamTimeout(f"Server '{self.spec.id}' is still starting; try again later")
+            raise self._still_starting()
         except BaseException:
             self.unhold()
             raise
+
+    def _still_starting(self) -> UpstreamTimeout:
+        doing = f" ({self.progress})" if self.progress else ""
+        return UpstreamTimeout(f"Server '{self.spec.id}' is still starting{doing}; try again later")
 
     def start(self, *, by_hand: bool = False) -> None:
         """Begin an attempt without waiting for it. Raises StartFailed while backoff or the circuit forbid one."""
@@ -488,10 +502,11 @@ class Unit:
             self._up(link, scope)
 
         try:
-            scope.deadline = trio.current_time() + self.start_timeout
+            self._began = trio.current_time()
+            scope.deadline = self._began + self.start_timeout
             self._say(logging.INFO, "Starting server")
             runtime = supervisor.runtime_of(spec)
-            surroundings = supervisor.directions.surroundings(spec)
+            surroundings = attrs.evolve(supervisor.directions.surroundings(spec), progress=self._progressed)
             for _ in range(MAX_OPENINGS):
                 try:
                     await self._open(runtime, surroundings, up, scope)
@@ -529,6 +544,29 @@ class Unit:
                         if not self._stopping:
                             self._say(logging.INFO, "Stopping idle server", idle_seconds=self.idle_timeout)
                         self._feed(Event.STOP)
+
+    def _progressed(self, text: str, *, extend: bool = False) -> None:
+        """See ``runtimes.base.Progress``. Every step is shown, a new one each few seconds is logged."""
+        scope = self._scope
+        if scope is None or self.state.phase is not Phase.STARTING:
+            return
+        now = trio.current_time()
+        if extend:
+            scope.deadline = max(scope.deadline, now + self.start_timeout)
+        if text != self.progress:
+            self.progress = text
+            if now >= self._next_word:
+                self._next_word = now + PROGRESS_SPACING
+                self._say(logging.INFO, "Server starting", progress=text)
+
+    async def measure(self) -> Mapping[str, Any]:
+        """What the running instance uses now, where its runtime can tell; {} when it can't within MEASURE_LIMIT."""
+        measure = None if self._place is None else self._place.measure
+        found: Mapping[str, Any] = {}
+        if measure is not None and self.link is not None:
+            with trio.move_on_after(MEASURE_LIMIT):
+                found = await measure()
+        return found
 
     def _terms(self) -> Terms:
         client = self.client
@@ -573,18 +611,18 @@ class Unit:
 
     def _up(self, link: UpstreamLink, scope: trio.CancelScope) -> None:
         self.link = link
+        self.progress = ""
         self.facts = link.facts
         self.replies = 0
         self.unhealthy = ""
         self.started_at = trio.current_time()
         self.started_wall = time.time()
         self._feed(Event.READY)
-        began = scope.deadline - self.start_timeout
         self.supervisor.shelf.put_facts(self.spec, link.facts)
         self._say(
             logging.INFO,
             "Server ready",
-            seconds=round(self.started_at - began, 3),
+            seconds=round(self.started_at - self._began, 3),
             era=link.era.value,
             revision=link.facts.get("protocolVersion"),
             era_decided_by=link.decided,
@@ -637,12 +675,16 @@ class Unit:
             reason = f"no handshake within {self.start_timeout:g} s (start_timeout_seconds)"
             if self._place is not None and hasattr(self._place, "diagnosis"):
                 reason += f"; {self._place.diagnosis()}"
+            elif self.progress:
+                reason += f"; {self.progress}"
             failure = StartFailed(reason)
         elif failure is None and starting:
             failure = StartFailed(f"Server '{self.spec.id}' was stopped while it started")
             self._stopping = self._stopping or "shutdown"
         self._scope = None
         self._place = None
+        self.progress = ""
+        self._next_word = -inf
         self._failure = failure
         self.own_lists.clear()
         self.supervisor.deviants.discard(self)
@@ -978,7 +1020,21 @@ class Supervisor:
             failures=state.failures,
             retry_at=wall + (state.retry_at - now) if state.phase is Phase.BACKOFF and state.retry_at > now else None,
             details=tuple(unit.details for unit in running),
+            progress=next((unit.progress for unit in units if unit.progress), ""),
         )
+
+    async def measured(self, server_id: str) -> list[Mapping[str, Any]]:
+        """The facts of each running instance of a server, with what it uses now: asked of all at once."""
+        running = [unit for unit in self.units(server_id) if unit.link is not None]
+        found: list[Mapping[str, Any]] = [unit.details for unit in running]
+
+        async def ask(index: int, unit: Unit) -> None:
+            found[index] = {**found[index], **await unit.measure()}
+
+        async with trio.open_nursery() as nursery:
+            for index, unit in enumerate(running[:MAX_MEASURED]):
+                nursery.start_soon(ask, index, unit)
+        return found
 
     def units(self, server_id: str | None = None) -> list[Unit]:
         """The units of one server, or all."""

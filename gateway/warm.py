@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import trio
 
-from gateway.app import Gateway, HttpOptions, Read, Sources, overrides, read_or_complain, set_up_logs, store_of
+from gateway.app import Gateway, HttpOptions, Read, Sources, overrides, read_or_complain, set_up_logs, state_of
 from gateway.config.model import ServerSpec
 from gateway.directory import Listing
 from gateway.directory.shelf import Volume
@@ -27,17 +28,18 @@ def warm(options: HttpOptions, servers: Sequence[str]) -> int:
     if unknown:
         print(f"error: there is no server {', '.join(unknown)} in {read.catalog.path}", file=sys.stderr)
         return 2
-    store = store_of(read.settings)
-    if store is None:
+    state = state_of(read.settings)
+    if state is None:
         print("error: there is no folder to keep lists in; name one with --state-dir", file=sys.stderr)
         return 1
     set_up_logs(read, options.log_level, "error")
     specs = [read.catalog.by_id[server_id] for server_id in servers] or list(read.catalog.servers)
-    return trio.run(_warm, sources, read, store, specs)
+    return trio.run(_warm, sources, read, state, specs)
 
 
-async def _warm(sources: Sources, read: Read, store: Store, specs: Sequence[ServerSpec]) -> int:
-    house = Gateway(sources, read)  # without the store: what is kept there must not stand in for an answer
+async def _warm(sources: Sources, read: Read, state: Path, specs: Sequence[ServerSpec]) -> int:
+    house = Gateway(sources, read, state, remember=False)  # what is kept must not stand in for an answer
+    store = Store(state)
     failed: list[str] = []
     done = 0
     watched = sys.stdout.isatty()

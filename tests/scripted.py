@@ -71,6 +71,12 @@ class MemoryPipe:
     async def wait_exited(self) -> None:
         await self._exited.wait()
 
+    async def measure(self) -> Mapping[str, Any]:
+        return {}
+
+    def remark(self) -> str:
+        return ""
+
     def diagnosis(self) -> str:
         return self._why
 

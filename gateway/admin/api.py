@@ -50,6 +50,9 @@ class Operations(Protocol):
 
     def status(self, server_id: str) -> ServerStatus: ...
 
+    async def instances(self, server_id: str) -> Sequence[Mapping[str, Any]]:
+        """Facts of the running instances, with what each uses now."""
+
     async def start(self, server_id: str, principal: Principal) -> bool:
         """Whether it was running already. Raises StartFailed."""
 
@@ -99,11 +102,12 @@ def listed(spec: ServerSpec, status: ServerStatus) -> dict[str, Any]:
         "last_error": status.last_error or None,
         "consecutive_failures": status.failures or None,
         "retry_at": None if status.retry_at is None else iso(status.retry_at),
+        "progress": status.progress or None,
     }
     return {name: value for name, value in entry.items() if value is not None}
 
 
-def detailed(spec: ServerSpec, status: ServerStatus) -> dict[str, Any]:
+def detailed(spec: ServerSpec, status: ServerStatus, instances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """GET /servers/ID (compat H14)."""
     runtime = {"type": spec.runtime_type, **shown(spec.runtime)}
     overrides = (
@@ -125,7 +129,7 @@ def detailed(spec: ServerSpec, status: ServerStatus) -> dict[str, Any]:
         "isolation": spec.isolation,
         "connection_count": status.connection_count,
         "error_count": status.error_count,
-        "instances": [dict(details) for details in status.details],
+        "instances": [dict(details) for details in instances],
         **{name: value for name in overrides if (value := getattr(spec, name)) is not None},
         **{name: shown(value) for name in SHAPED if (value := getattr(spec, name)) != Shaping()},
     }
@@ -195,7 +199,8 @@ def _serve_servers(app: Quart, operations: Operations) -> None:
     @app.get("/servers/<path:_id>")
     async def server(_id: str) -> Any:
         spec = find()
-        return detailed(spec, operations.status(spec.id))
+        instances = await operations.instances(spec.id)
+        return detailed(spec, operations.status(spec.id), instances)
 
     @app.post("/servers/<path:_id>/start")
     async def start(_id: str) -> Any:

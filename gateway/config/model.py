@@ -18,6 +18,7 @@ __all__ = [
     "API_KEY_VARIABLE",
     "Annotations",
     "Catalog",
+    "DockerSettings",
     "EraChoice",
     "Isolation",
     "LogLevel",
@@ -220,6 +221,17 @@ class ServerSpec:
 
 
 @attrs.frozen
+class DockerSettings:
+    """What the config says about containers, for all entries (compat K19).
+
+    allowed_paths  the folders and files of this machine that entries may mount, with what is below them; None: all but
+                   those that would hand over the machine
+    """
+
+    allowed_paths: tuple[str, ...] | None = None
+
+
+@attrs.frozen
 class Settings:
     """config.yaml. Times are in seconds, sizes in bytes; 0 switches a timeout off where the README says so."""
 
@@ -255,6 +267,7 @@ class Settings:
     list_page_size: int = 1000
     state_dir: Path | None = None
     runtimes: tuple[str, ...] = ()
+    docker: DockerSettings = DockerSettings()
     variables: frozenset[str] = attrs.field(default=frozenset(), metadata=NOT_YAML)
     """The variables that the config names in ``${}``."""
 

@@ -15,9 +15,10 @@ import attrs
 from gateway.errors import ConfigError, Problem
 from gateway.runtimes import docker, k8s_job, k8s_service, local_process, remote_sse
 from gateway.runtimes._guard import ProcessGuard
+from gateway.runtimes._instances import Instances
 from gateway.runtimes.base import Runtime
 
-__all__ = ["RUNTIMES", "ProcessGuard", "by_type", "load_plugins", "spec_types"]
+__all__ = ["RUNTIMES", "Instances", "ProcessGuard", "by_type", "load_plugins", "spec_types"]
 
 RUNTIMES: Final[tuple[Runtime, ...]] = (
     local_process.RUNTIME,

@@ -25,6 +25,7 @@ class ServerStatus:
     retry_at    when a call may start it again, None when now
     units       how many instances run (more than one only with isolation)
     details     facts of the running instances: process ids, protocol version, transport
+    progress    what starting ones are doing at the moment, "" where there is nothing to say
     """
 
     status: str = "stopped"
@@ -39,3 +40,4 @@ class ServerStatus:
     failures: int = 0
     retry_at: float | None = None
     details: tuple[Mapping[str, Any], ...] = ()
+    progress: str = ""

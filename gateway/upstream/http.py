@@ -10,7 +10,7 @@ httpx costs 50 ms and 5 MB, so this module is imported when the first remote ser
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
@@ -21,7 +21,7 @@ from gateway import __version__
 from gateway.errors import GatewayError, LinkLost, RateLimited, ServerProtocolError, StartFailed, UpstreamError
 from gateway.protocol.eras import Era
 from gateway.runtimes.base import Origin
-from gateway.upstream.dial import Resolver, Target, open_transport, resolve
+from gateway.upstream.dial import Resolver, Target, border, open_transport, resolve
 from gateway.upstream.http_link import CLOSE_LIMIT, HttpLink, NoStreamableHttp
 from gateway.upstream.http_sse import SseLink
 from gateway.upstream.modern_http import ModernHttpLink
@@ -30,6 +30,14 @@ from gateway.upstream.streamable import StreamableLink
 from gateway.upstream.terms import Terms
 
 __all__ = ["connect_http"]
+
+FIRST_PAUSE: Final = 0.02
+LAST_PAUSE: Final = 0.5
+"""Seconds between two looks at whether a server that was just started listens."""
+ANSWER_LIMIT: Final = 5.0
+"""Seconds one such look may take."""
+END_WAIT: Final = 0.3
+"""Seconds for which a failed handshake waits for the news that the server has ended."""
 
 
 @asynccontextmanager
@@ -47,10 +55,16 @@ async def connect_http(origin: Origin, terms: Terms, *, resolve_host: Resolver =
     try:
         async with trio.open_nursery() as nursery:
             try:
-                link = await _open(origin, target, transport, nursery, terms)
+                async with _while_it_lasts(origin):
+                    if origin.starting:
+                        await _until_it_answers(target, transport, terms)
+                    link = await _open(origin, target, transport, nursery, terms)
             except GatewayError as error:
                 failure = error
             else:
+                link.remark = origin.remark
+                if origin.ended is not None:
+                    nursery.start_soon(_lose_with, origin.ended, link)
                 try:
                     yield link
                 finally:
@@ -94,6 +108,61 @@ async def _open(
         link.slow = await modern.answered_late()
         modern.lose(_SUPERSEDED)
     return link
+
+
+@asynccontextmanager
+async def _while_it_lasts(origin: Origin) -> AsyncIterator[None]:
+    """Give up what the block does when the server is known to have ended. Raises StartFailed then, saying why."""
+    if origin.ended is None:
+        yield
+        return
+    reason = ""
+    ended = origin.ended
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            nonlocal reason
+            reason = await ended()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        try:
+            yield
+        except GatewayError as error:
+            # What breaks because the server has just ended is better explained by why it ended.
+            failure = error
+            with trio.move_on_after(END_WAIT):
+                await trio.sleep_forever()
+        nursery.cancel_scope.cancel()
+    if reason:
+        raise StartFailed(reason) from failure
+    if failure is not None:
+        raise failure
+
+
+async def _lose_with(ended: Callable[[], Awaitable[str]], link: HttpLink) -> None:
+    """Tell the link's callers at once when the server behind it has ended."""
+    reason = await ended()
+    link.lose(LinkLost(f"Server '{link.server_id}' ended: {reason}"))
+
+
+async def _until_it_answers(target: Target, transport: httpx.AsyncBaseTransport, terms: Terms) -> None:
+    """Return when something answers at the URL, whatever it says, but for a proxy's word that nobody is there yet.
+
+    For a server that has just been started. Waits for as long as it is let: the start timeout is the caller's.
+    """
+    pause = FIRST_PAUSE
+    while True:
+        with suppress(UpstreamError), trio.move_on_after(ANSWER_LIMIT), border(terms.server_id, target.name):
+            request = httpx.Request("GET", target.url, headers=[*target.headers, (b"accept", b"application/json")])
+            request.extensions = {"timeout": {"connect": ANSWER_LIMIT, "read": ANSWER_LIMIT, "pool": ANSWER_LIMIT}}
+            response = await transport.handle_async_request(request)
+            await response.aclose()
+            if response.status_code not in (502, 503, 504):
+                return
+        await trio.sleep(pause)
+        pause = min(pause * 2, LAST_PAUSE)
 
 
 _SUPERSEDED: Final = LinkLost("superseded")

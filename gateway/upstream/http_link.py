@@ -28,7 +28,6 @@ from gateway.errors import (
     RateLimited,
     ServerProtocolError,
     UpstreamError,
-    UpstreamTimeout,
 )
 from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
 from gateway.protocol.eras import LEGACY_VERSIONS, Era, level_at_least
@@ -53,7 +52,7 @@ from gateway.upstream.modern import cleaned_tools, legacy_params
 from gateway.upstream.pending import Pending
 from gateway.upstream.pipe import TICK
 from gateway.upstream.tasks import TaskRun, needs_task
-from gateway.upstream.terms import Terms
+from gateway.upstream.terms import Terms, too_late
 
 __all__ = [
     "CLOSE_LIMIT",
@@ -148,6 +147,8 @@ class HttpLink:
         self.facts: Mapping[str, Any] = {}
         self.decided = ""
         """By what the era was found out: "server/discover", "initialize" or "catalog"."""
+        self.remark: Callable[[], str] = str
+        """See ``runtimes.base.Origin``."""
         self.slow = False
         """Whether it is spoken to in its second era only because it took too long to answer in the first."""
         self.pending = Pending()
@@ -218,7 +219,7 @@ class HttpLink:
             for call in pending.overdue(trio.current_time()):
                 seconds = call.deadline - call.started
                 self.cancel(call, "timeout")
-                call.fail(UpstreamTimeout(f"Server '{self.server_id}' did not answer within {seconds:.3g} s"))
+                call.fail(too_late(self.server_id, seconds, self.remark()))
 
     # ------------------------------------------------------------------------------------------------------- sending
     def call(self, exchange: Exchange) -> Call:

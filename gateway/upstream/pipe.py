@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import trio
 
-from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed, UpstreamTimeout
+from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed
 from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
 from gateway.protocol import handshake
 from gateway.protocol.eras import INPUT_METHODS, LEGACY_VERSIONS, SUBSCRIPTION_ID, Era, level_at_least
@@ -54,7 +54,7 @@ from gateway.upstream.modern import (
 )
 from gateway.upstream.pending import Pending
 from gateway.upstream.tasks import TaskRun, needs_task
-from gateway.upstream.terms import Terms, WrongEra
+from gateway.upstream.terms import Terms, WrongEra, too_late
 
 __all__ = ["PipeLink", "start_failure"]
 
@@ -192,7 +192,7 @@ class PipeLink:
             for call in pending.overdue(trio.current_time()):
                 seconds = call.deadline - call.started
                 self.cancel(call, "timeout")
-                call.fail(UpstreamTimeout(f"Server '{self.server_id}' did not answer within {seconds:.3g} s"))
+                call.fail(too_late(self.server_id, seconds, self._pipe.remark()))
 
     def _lose(self, error: LinkLost) -> None:
         if self.lost is None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import attrs
 
+from gateway.errors import UpstreamTimeout
 from gateway.exchange import Ask
 from gateway.protocol.eras import LATEST_LEGACY, Era
 from gateway.protocol.message import Message
 
-__all__ = ["Terms", "WrongEra"]
+__all__ = ["Terms", "WrongEra", "too_late"]
 
 
 @attrs.frozen
@@ -47,3 +48,9 @@ class WrongEra(Exception):
         super().__init__(reason)
         self.first = first
         self.reason = reason
+
+
+def too_late(server_id: str, seconds: float, remark: str) -> UpstreamTimeout:
+    """The error of a call that got no answer in time. ``remark`` explains it, if anything does."""
+    why = f": {remark}" if remark else ""
+    return UpstreamTimeout(f"Server '{server_id}' did not answer within {seconds:.3g} s{why}")

@@ -78,6 +78,9 @@ class FakeOperations:
     def status(self, server_id: str) -> ServerStatus:
         return self.states.get(server_id, ServerStatus())
 
+    async def instances(self, server_id: str) -> Sequence[Mapping[str, Any]]:
+        return self.status(server_id).details
+
     async def start(self, server_id: str, principal: Principal) -> bool:
         self._do("start", server_id, principal.subject)
         return self.status(server_id).status == "running"

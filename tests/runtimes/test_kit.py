@@ -100,6 +100,12 @@ class FakePeer:
     async def wait_exited(self) -> None:
         await self.exited.wait()
 
+    async def measure(self) -> Mapping[str, Any]:
+        return {}
+
+    def remark(self) -> str:
+        return ""
+
     def diagnosis(self) -> str:
         return f"fake ended with {self.code}: {self.said}"
 
