@@ -505,6 +505,7 @@ async def _http(sources: Sources, read: Read, sockets: Sequence[Any], level: str
                 nursery.cancel_scope.cancel()
 
             server: Server = await nursery.start(accept)
+            nursery.start_soon(house.router.views.prepare)
             for address in server.addresses:
                 log.info("Listening on %s", _shown_address(address))
             if read.settings.hot_reload:

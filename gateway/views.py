@@ -24,7 +24,19 @@ import trio
 from gateway.auth.principal import ANONYMOUS, Principal
 from gateway.config.model import ServerSpec
 from gateway.config.snapshot import Snapshot
-from gateway.directory import LISTS, LISTS_OF, Listing, Merged, Plan, Route, merge, prefix_of, servers_of, topic_of
+from gateway.directory import (
+    LISTS,
+    LISTS_OF,
+    Listing,
+    Merged,
+    Plan,
+    Route,
+    merge,
+    prefix_of,
+    render,
+    servers_of,
+    topic_of,
+)
 from gateway.errors import GatewayError, UnknownTarget, UpstreamTimeout
 from gateway.exchange import Client, Target, ViewName
 from gateway.hub import Audience, Hub, Judge
@@ -198,6 +210,22 @@ class Views:
             face.renew(snapshot, specs, plan)
             face.searching = searching
         return face
+
+    async def prepare(self) -> None:
+        """Write out the tables that unrestricted callers will see first, of what is known, one server after another.
+
+        For the time after a start, when nobody waits for it: the first list then costs what any other does.
+        """
+        targets: list[Target] = [None, *(ViewName(view.name) for view in self._current().catalog.views)]
+        for target in targets:
+            with suppress(UnknownTarget):  # a reload has taken the view away
+                for method in LISTS:
+                    for spec in self.face(target, ANONYMOUS).specs:
+                        listing = self.supervisor.shelf.listing(spec, method)
+                        if listing is not None:
+                            render(spec, listing, self.face(target, ANONYMOUS).plan)
+                            await trio.lowlevel.checkpoint()
+                    self.face(target, ANONYMOUS).table(method, self.supervisor)
 
     def _selected(
         self, target: Target, principal: Principal, snapshot: Snapshot

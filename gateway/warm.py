@@ -76,10 +76,13 @@ async def _warm(sources: Sources, read: Read, state: Path, specs: Sequence[Serve
             nursery.cancel_scope.cancel()
 
     await house.run(front)
-    for spec in specs:
-        if house.supervisor.shelf.volume(spec).listings and spec.id not in failed:
-            store.save(spec, encoded(house.supervisor.shelf.volume(spec)))
-    print(f"{done - len(failed)} of {len(specs)} servers listed; kept in {store.folder}")
+    volumes = {spec: house.supervisor.shelf.volume(spec) for spec in specs if spec.id not in failed}
+    kept = [store.save(spec, encoded(volume)) for spec, volume in volumes.items() if volume.listings]
+    counted = f"{done - len(failed)} of {len(specs)} servers listed"
+    if not all(kept):
+        print(f"error: {counted}, but not all of it could be kept. {store.trouble}", file=sys.stderr)
+        return 1
+    print(f"{counted}; kept in {store.folder}")
     return 0 if done == len(specs) and not failed else 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.directory.listing import LISTS, LISTS_OF, Listing, Route, topic_of
-from gateway.directory.merge import UNAVAILABLE, Merged, Plan, merge, with_names
+from gateway.directory.merge import UNAVAILABLE, Merged, Plan, merge, render, with_names
 from gateway.directory.names import NAME_LIMIT, fit, prefix_of
 from gateway.directory.selection import servers_of
 from gateway.directory.shaping import shape_of
@@ -22,6 +22,7 @@ __all__ = [
     "fit",
     "merge",
     "prefix_of",
+    "render",
     "servers_of",
     "shape_of",
     "topic_of",

@@ -20,7 +20,7 @@ from gateway.directory.names import NAME_LIMIT, fit, prefix_of, stand_ins
 from gateway.directory.shaping import Shape, shape_of
 from gateway.protocol.message import ERROR, Message, build_result, decode_reply, dumps, quote
 
-__all__ = ["UNAVAILABLE", "Merged", "Plan", "merge", "shortened", "with_names"]
+__all__ = ["UNAVAILABLE", "Merged", "Plan", "merge", "render", "shortened", "with_names"]
 
 UNAVAILABLE: Final = "io.github.open-mcp-gateway/unavailable"
 """The ``_meta`` key under which a merged list names the servers that are not in it, and why."""
@@ -109,7 +109,7 @@ class _Joining:
 
     def add(self, spec: ServerSpec, listing: Listing) -> None:
         """Put one server's items behind those that are there."""
-        for own, name, item, text in _rendered(spec, listing, self.plan):
+        for own, name, item, text in render(spec, listing, self.plan):
             if name in self.routes:
                 name = self._clash(spec, own, name)
                 item = {**item, self.key: name}
@@ -135,10 +135,11 @@ class _Joining:
 Rendered = Sequence[tuple[str, str, Mapping[str, Any], str]]
 
 
-def _rendered(spec: ServerSpec, listing: Listing, plan: Plan) -> Rendered:
+def render(spec: ServerSpec, listing: Listing, plan: Plan) -> Rendered:
     """What one listing becomes in a table: for each item its own name, the one clients see, itself, its text.
 
-    Kept with the listing: a change of one server must not have the items of all others written again.
+    Kept with the listing: a change of one server must not have the items of all others written again. It is most of
+    the work of a table, and can be done before anybody asks for one.
     """
     method = listing.method
     key = LISTS[method][1]

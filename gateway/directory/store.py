@@ -60,12 +60,16 @@ def state_folder(configured: Path | None, environ: Mapping[str, str]) -> Path | 
 
 
 class Store:
-    """The files of one state folder. Whatever is wrong with one is a warning, said once; no OSError comes out."""
+    """The files of one state folder. Whatever is wrong with one is a warning, said once; no OSError comes out.
+
+    ``trouble`` is what was said last, "" when nothing was.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "listings"
         self._key: bytes | None = None
         self._warned: set[Path] = set()
+        self.trouble = ""
 
     def load(self, specs: Collection[ServerSpec], take: Callable[[ServerSpec, Volume], None]) -> None:
         """Hand over what is known of these servers."""
@@ -106,10 +110,12 @@ class Store:
             self._warn(path, str(reason))
             return None
 
-    def save(self, spec: ServerSpec, text: str) -> None:
-        """Put a server's file in place, at once or not at all. ``text`` is ``encoded`` from its volume."""
+    def save(self, spec: ServerSpec, text: str) -> bool:
+        """Put a server's file in place, at once or not at all; whether it is there. ``text`` is ``encoded`` from its
+        volume.
+        """
         if self._read_key(create=True) is None:
-            return
+            return False
         path = self.path(spec)
         # Not by the process id: a container has the same at every start, and may have been killed while it wrote.
         new = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
@@ -122,6 +128,8 @@ class Store:
             self._warn(self.folder, f"nothing can be written there: {error.strerror or error}")
             with suppress(OSError):
                 new.unlink()
+            return False
+        return True
 
     def prune(self, now: float | None = None) -> None:
         """Delete what nobody has used for KEEP_DAYS, and what a gateway left behind that was killed while it wrote."""
@@ -162,9 +170,10 @@ class Store:
         return key
 
     def _warn(self, path: Path, reason: str) -> None:
+        self.trouble = f"Lists kept in {path} are not used: {reason}"
         if path not in self._warned:
             self._warned.add(path)
-            log.warning("Lists kept in %s are not used: %s", path, reason)
+            log.warning("%s", self.trouble)
 
 
 KEY_NAME: Final = "key"
