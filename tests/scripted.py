@@ -36,6 +36,8 @@ class MemoryPipe:
         self._why = "still running"
         self._rest = b""
         self.closed = False
+        self.explained = ""
+        self.measuring: trio.Event | None = None
 
     def write_nowait(self, data: bytes | memoryview) -> int:
         if self.closed:
@@ -72,10 +74,12 @@ class MemoryPipe:
         await self._exited.wait()
 
     async def measure(self) -> Mapping[str, Any]:
-        return {}
+        if self.measuring is not None:
+            await self.measuring.wait()
+        return {"memory_bytes": 1}
 
     def remark(self) -> str:
-        return ""
+        return self.explained
 
     def diagnosis(self) -> str:
         return self._why
@@ -110,6 +114,8 @@ class Script:
     probes: int = 0
     start_seconds: float = 0.0
     stop_seconds: float = 0.0
+    steps: tuple[tuple[float, str, bool], ...] = ()
+    """Before the start: seconds, what is said then, whether that extends the start timeout."""
     starts: int = 0
     running: int = 0
     pipes: list[MemoryPipe] = attrs.field(factory=list)
@@ -169,6 +175,9 @@ class ScriptedSpec:
 async def open_scripted(spec: ScriptedSpec, surroundings: Surroundings) -> AsyncIterator[MemoryPipe]:
     script = spec.script
     script.starts += 1
+    for seconds, text, extend in script.steps:
+        await trio.sleep(seconds)
+        surroundings.progress(text, extend=extend)
     if script.start_seconds:
         await trio.sleep(script.start_seconds)
     if script.fail_starts:

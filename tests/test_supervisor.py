@@ -252,6 +252,52 @@ async def test_RB07_callers_wait_to_their_own_deadline_and_the_start_goes_on(
     assert script.starts == 1
 
 
+async def test_RB07_a_start_that_gets_on_is_not_cut_off_and_says_what_it_does(
+    house: House, autojump_clock: MockClock
+) -> None:
+    """Pulling an image may take long; what does not advance ends at the start timeout, with the last word on it."""
+    steps = ((50.0, "pulling, 30 %", True), (50.0, "pulling, 60 %", True), (50.0, "pulling, 90 %", True))
+    unit = house.unit(Script(steps=steps, start_seconds=50.0))
+    with pytest.raises(UpstreamTimeout, match=r"still starting \(pulling, 60 %\)"):
+        await call(unit, seconds=120)
+    assert house.supervisor.status("s").progress == "pulling, 60 %"
+    await call(unit, seconds=120)
+    assert house.supervisor.status("s").progress == ""
+
+
+async def test_RB05_a_start_that_does_not_advance_is_cut_off_with_its_last_word(
+    house: House, autojump_clock: MockClock
+) -> None:
+    steps = ((20.0, "no node has room", False), (20.0, "no node has room", False))
+    unit = house.unit(Script(steps=steps, start_seconds=50.0))
+    begin = trio.current_time()
+    with pytest.raises(StartFailed, match=r"no handshake within 60 s .*; no node has room"):
+        await call(unit, seconds=120)
+    assert trio.current_time() - begin == 60
+    assert house.supervisor.status("s").progress == ""
+
+
+async def test_L16_what_explains_a_timeout_is_said_with_it(house: House, autojump_clock: MockClock) -> None:
+    unit = house.unit(script := Script(answer=mute))
+    await unit.ready()
+    script.pipe.explained = "container is paused"
+    with pytest.raises(UpstreamTimeout, match=r"did not answer within 5 s: container is paused"):
+        await call(unit, seconds=5)
+
+
+async def test_H14_instances_are_measured_for_a_while_only(house: House, autojump_clock: MockClock) -> None:
+    unit = house.unit(script := Script())
+    assert await house.supervisor.measured("s") == []
+    await unit.ready()
+    (found,) = await house.supervisor.measured("s")
+    assert found["memory_bytes"] == 1 and found["pid"] == 0
+    script.pipe.measuring = trio.Event()
+    begin = trio.current_time()
+    (found,) = await house.supervisor.measured("s")
+    assert "memory_bytes" not in found and found["pid"] == 0
+    assert trio.current_time() - begin == 2
+
+
 async def test_RB03_L13_P2_a_crash_fails_its_calls_and_replays_none(house: House, autojump_clock: MockClock) -> None:
     def crash(pipe: MemoryPipe, message: dict[str, Any]) -> None:
         if message.get("method") == "tools/call":

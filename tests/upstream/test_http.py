@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import httpx
 import pytest
 import trio
 
@@ -28,6 +29,7 @@ from gateway.protocol.eras import Era
 from gateway.protocol.message import Message, decode_reply, decode_request, dumps
 from gateway.runtimes.base import Origin
 from gateway.upstream.connect import Terms
+from gateway.upstream.dial import open_transport
 from gateway.upstream.http import connect_http
 from gateway.upstream.http_link import HttpLink
 from tests.fixtures.http_scripted import Answer, Hangup, McpScript, Request, Script, Server, serve
@@ -1196,3 +1198,110 @@ async def test_http_sse_neither_transport_names_both_failures(monkeypatch: pytes
         with trio.fail_after(3):
             error = await failure_of(connect_http(Origin(server.url()), World().terms))
         assert "no event stream named an endpoint within 0.2 s" in error.message
+
+
+# --------------------------------------------------------------------------------------- servers that a runtime started
+class Refusing(httpx.AsyncBaseTransport):
+    """Nobody listens the first times."""
+
+    def __init__(self, url: str) -> None:
+        self.inner = open_transport(Origin(url))
+        self.refused = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self.refused < 2:
+            self.refused += 1
+            raise httpx.ConnectError("Connection refused")
+        return await self.inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+async def test_RB07_a_server_that_was_just_started_is_waited_for_until_it_listens() -> None:
+    """Refused, hung up on, and told by a proxy that nobody is there: all of it is tried again."""
+    turns: list[str] = []
+    good = McpScript()
+
+    async def script(request: Request, answer: Answer) -> None:
+        turns.append(request.method)
+        if len(turns) == 1:
+            raise Hangup
+        if len(turns) < 5:
+            return await answer.send(500 + len(turns))
+        if len(turns) == 5:
+            return await answer.send(406)
+        await good(request, answer)
+
+    async with serve(script) as server:
+        url = server.url("/mcp")
+        transport = Refusing(url)
+        async with connect_http(Origin(url, transport=lambda: transport, starting=True), World().terms) as link:
+            assert await ask_server(link, '{"n":1}') == {"echo": {"n": 1}}
+    assert transport.refused == 2
+    assert turns[:5] == ["GET"] * 5 and turns[5] == "POST"
+
+
+async def test_RB03_P4_callers_are_told_at_once_when_the_server_behind_a_url_has_ended() -> None:
+    ending = trio.Event()
+
+    async def ended() -> str:
+        await ending.wait()
+        return "container exited with code 1"
+
+    async def script(request: Request, answer: Answer) -> None:
+        if request.rpc == "tools/call":
+            ending.set()
+            await trio.sleep_forever()
+        await good(request, answer)
+
+    good = McpScript()
+    async with (
+        serve(script) as server,
+        connect_http(Origin(server.url("/mcp"), ended=ended), World().terms) as link,
+    ):
+        with trio.fail_after(5), pytest.raises(LinkLost, match="container exited with code 1"):
+            await reply_of(link.call(exchange(seconds=60)))
+        await link.wait_closed()
+
+
+async def test_RB01_a_server_that_ends_while_it_is_waited_for_is_told_by_its_reason() -> None:
+    async def ended() -> str:
+        await trio.sleep(0.1)
+        return "container exited with code 3: no such module"
+
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        origin = Origin(f"http://127.0.0.1:{taken.getsockname()[1]}/mcp", starting=True, ended=ended)
+        error = await failure_of(connect_http(origin, World().terms))
+    assert isinstance(error, StartFailed) and error.message == "container exited with code 3: no such module"
+
+
+async def test_RB01_a_handshake_that_breaks_since_the_server_ends_is_told_by_its_reason() -> None:
+    broken = trio.Event()
+
+    async def ended() -> str:
+        await broken.wait()
+        return "container ran out of memory"
+
+    async def script(request: Request, answer: Answer) -> None:
+        broken.set()
+        raise Hangup
+
+    async with serve(script) as server:
+        error = await failure_of(connect_http(Origin(server.url("/mcp"), ended=ended), World().terms))
+    assert isinstance(error, StartFailed) and error.message == "container ran out of memory"
+
+
+async def test_L16_a_timeout_at_a_url_is_explained_too() -> None:
+    async def script(request: Request, answer: Answer) -> None:
+        if request.rpc == "tools/call":
+            await trio.sleep_forever()
+        await good(request, answer)
+
+    good = McpScript()
+    async with serve(script) as server:
+        origin = Origin(server.url("/mcp"), remark=lambda: "container is paused")
+        async with connect_http(origin, World().terms) as link:
+            with pytest.raises(UpstreamTimeout, match=r"within 0\.2 s: container is paused"):
+                await reply_of(link.call(exchange(seconds=0.2)))
