@@ -98,6 +98,7 @@ class _Joining:
     def __init__(self, method: str, plan: Plan) -> None:
         self.method = method
         self.plan = plan
+        self.shape = plan.shape(topic_of(method))
         self.by_uri = LISTS[method][1] != "name"
         self.key = LISTS[method][1]
         self.routes: dict[str, Route] = {}
@@ -109,34 +110,70 @@ class _Joining:
 
     def add(self, spec: ServerSpec, listing: Listing) -> None:
         """Put one server's items behind those that are there."""
-        for own, name, item, text in render(spec, listing, self.plan):
-            if name in self.routes:
-                name = self._clash(spec, own, name)
-                item = {**item, self.key: name}
-                text = dumps(item)
-            self.routes[name] = Route(spec, own, dumps(own))
+        for thing in render(spec, listing, self.plan):
+            item, text = thing.item, thing.text
+            if item[self.key] in self.routes:
+                moved = self._clash(spec, thing)
+                if moved is None:
+                    continue
+                item, text = moved, dumps(moved)
+            self.routes[item[self.key]] = Route(spec, thing.own, dumps(thing.own))
             self.items.append(item)
             self.texts.append(text)
             self.origins.append(spec.id)
 
-    def _clash(self, spec: ServerSpec, own: str, wanted: str) -> str:
-        """Another name for what has one that is taken. Nothing is dropped (protocol.md section 5)."""
+    def _clash(self, spec: ServerSpec, thing: _Thing) -> Mapping[str, Any] | None:
+        """What has a name that is taken, under another one: nothing is dropped (protocol.md section 5). None where the
+        view hides it: its patterns meet the name that it should have had as well as the one that clients would see, so
+        that nothing that is hidden appears because another server has come to have the like.
+        """
+        wanted = thing.item[self.key]
+        name = self._free(spec, thing)
         if self.by_uri:
-            name = f"{spec.id}+{own}"
-            while name in self.routes:
-                name = f"{spec.id}+{name}"
-            self.renamed.setdefault(spec.id, {})[own] = name
-        else:
-            name = next(name for name in stand_ins(spec, own, self.plan.limit) if name not in self.routes)
-        self.problems.append(f"{self.method}: '{wanted}' of '{spec.id}' clashes with another server's; it is '{name}'")
+            self.renamed.setdefault(spec.id, {})[thing.own] = name
+        item = self.shape.shown(self.method, {**thing.base, self.key: name}, thing.base[self.key])
+        if item is None:
+            return None
+        if item[self.key] != name:
+            name = fit(item[self.key], self.plan.limit)
+            item = {**item, self.key: name if name not in self.routes else self._free(spec, thing)}
+        self.problems.append(
+            f"{self.method}: '{wanted}' of '{spec.id}' clashes with another server's; it is '{item[self.key]}'"
+        )
+        return item
+
+    def _free(self, spec: ServerSpec, thing: _Thing) -> str:
+        if not self.by_uri:
+            return next(name for name in stand_ins(spec, thing.short, self.plan.limit) if name not in self.routes)
+        name = f"{spec.id}+{thing.own}"
+        while name in self.routes:
+            name = f"{spec.id}+{name}"
         return name
 
 
-Rendered = Sequence[tuple[str, str, Mapping[str, Any], str]]
+@attrs.frozen
+class _Thing:
+    """What one item of a listing becomes in a table.
+
+    own     what its server calls it
+    short   what its entry calls it; no prefix
+    base    the item as it is before the view hides and changes anything
+    item    the item as clients see it, and ``text`` is its text
+    """
+
+    own: str
+    short: str
+    base: Mapping[str, Any]
+    item: Mapping[str, Any]
+    text: str
 
 
-def render(spec: ServerSpec, listing: Listing, plan: Plan) -> Rendered:
-    """What one listing becomes in a table: for each item its own name, the one clients see, itself, its text.
+MAX_LOOKS: Final = 64
+"""Ways to show one listing that are kept: each view may have its own, and every edit of the catalog makes another."""
+
+
+def render(spec: ServerSpec, listing: Listing, plan: Plan) -> Sequence[_Thing]:
+    """What one listing becomes in a table.
 
     Kept with the listing: a change of one server must not have the items of all others written again. It is most of
     the work of a table, and can be done before anybody asks for one.
@@ -149,20 +186,26 @@ def render(spec: ServerSpec, listing: Listing, plan: Plan) -> Rendered:
     prefix = "" if by_uri or plan.own else prefix_of(spec, plan.view)
     look = (own_shape, shape, prefix, plan.own, plan.limit)
     if look in listing.rendered:
-        kept: Rendered = listing.rendered[look]
+        kept: Sequence[_Thing] = listing.rendered[look]
         return kept
-    found: dict[str, tuple[str, str, Mapping[str, Any], str]] = {}
+    found: dict[str, _Thing] = {}
     for item in listing.items:
         shown = own_shape.shown(method, item)
         if shown is None or item[key] in found:
             continue  # of two items with one name only one can be reached, and that is the first
-        own = item[key]
-        wanted = own if by_uri else prefix + shown["name"]
-        name = wanted if by_uri or plan.own else fit(wanted, plan.limit)
-        visible = shape.shown(method, shown if shown[key] == name else {**shown, key: name})
-        if visible is not None:
-            found[own] = (own, visible[key], visible, dumps(visible))
+        own, short = item[key], shown[key]
+        exact = by_uri or plan.own
+        name = short if exact else fit(prefix + short, plan.limit)
+        base = shown if short == name else {**shown, key: name}
+        visible = shape.shown(method, base)
+        if visible is None:
+            continue
+        if visible[key] != name and not exact:
+            visible = {**visible, key: fit(visible[key], plan.limit)}
+        found[own] = _Thing(own, short, base, visible, dumps(visible))
     rendered = tuple(found.values())
+    while len(listing.rendered) >= MAX_LOOKS:
+        del listing.rendered[next(iter(listing.rendered))]
     listing.rendered[look] = rendered
     return rendered
 

@@ -47,34 +47,41 @@ class Shape:
 
     def shows(self, name: str) -> bool:
         """Whether clients may know of what is called that."""
-        allowed = self._allow is None or self._allow.fullmatch(name) is not None
-        return allowed and self._deny.fullmatch(name) is None
+        return self._allows(name) and not self.denies(name)
+
+    def _allows(self, name: str) -> bool:
+        return self._allow is None or self._allow.fullmatch(name) is not None
 
     def denies(self, name: str) -> bool:
         """Whether ``deny`` names it."""
         return self._deny.fullmatch(name) is not None
 
-    def shown(self, method: str, item: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """An item of the list ``method`` as clients see it; None for a hidden one and for one without a usable name."""
+    def shown(self, method: str, item: Mapping[str, Any], wanted: str = "") -> Mapping[str, Any] | None:
+        """An item of the list ``method`` as clients see it; None for a hidden one and for one without a usable name.
+
+        ``wanted`` is the name that it should have had, where it has another one only because that was taken: patterns
+        may match either.
+        """
         key = LISTS[method][1]
         name = item.get(key)
         if not isinstance(name, str) or not name:
             return None
         if self.idle:
             return item
-        if not self.shows(name):
+        names = (name, wanted) if wanted else (name,)
+        if any(map(self.denies, names)) or not any(map(self._allows, names)):
             return None
         changes: dict[str, Any] = {}
         if name in self._renamed:
             changes["name"] = self._renamed[name]
         elif key == "name" and name in self._native:
             return None  # the name was given to another one
-        text = next((text for pattern, text in self._describe if pattern.fullmatch(name)), None)
+        text = next((text for pattern, text in self._describe if any(map(pattern.fullmatch, names))), None)
         if text is not None:
             changes["description"] = text
         hints: dict[str, Any] = {}
         for pattern, more in self._annotate:
-            if pattern.fullmatch(name):
+            if any(map(pattern.fullmatch, names)):
                 hints = {**more, **hints}
         if hints:
             own = item.get("annotations")
