@@ -13,11 +13,12 @@ from typing import Any, Final
 
 import trio
 
+from gateway.auth.principal import Principal
 from gateway.config.model import ServerSpec
 from gateway.config.snapshot import Snapshot
 from gateway.directory import LISTS, Merged, Route, shape_of, topic_of, with_names
 from gateway.errors import GatewayError, ServerProtocolError, UpstreamTimeout
-from gateway.exchange import Call, Exchange, Reply
+from gateway.exchange import Call, Client, Exchange, Reply
 from gateway.finder import Finder
 from gateway.protocol.eras import LOG_LEVELS, NO_RESOURCE, Era
 from gateway.protocol.message import INVALID_PARAMS, METHOD_NOT_FOUND, Message, dumps
@@ -134,54 +135,40 @@ class Aggregate:
         Raises the fault of the one server that could have it, if that can't be listed.
         """
         by_uri = LISTS[method][1] != "name"
-        if face.plan.own:
-            return await self._resolve_own(face.specs[0], method, name, exchange)
+        if _open(face, method):
+            return Route(face.specs[0], name)
         client, principal = exchange.client, exchange.principal
-        route = self._known_route(face, method, name, exchange)
+        route = self._known_route(face, method, name, client, principal)
         if route is not None:
             return route
-        suspects = [] if by_uri else self.views.suspects(face, method, name)
+        suspects = list(face.specs) if face.plan.own else [] if by_uri else self.views.suspects(face, method, name)
         missing = await self.views.listed(
             face, method, client, principal, exchange.deadline, only=suspects if suspects else None
         )
         if by_uri:
             await self.views.listed(face, "resources/templates/list", client, principal, exchange.deadline)
-        route = self._known_route(face, method, name, exchange)
+        route = self._known_route(face, method, name, client, principal)
         fault = missing.get(suspects[0].id) if suspects and route is None else None
         if fault is not None:
             raise type(fault)(fault.message, retry_after=fault.retry_after) from fault
         return route
 
-    def _known_route(self, face: Face, method: str, name: str, exchange: Exchange) -> Route | None:
+    def _known_route(self, face: Face, method: str, name: str, client: Client, principal: Principal) -> Route | None:
         """The way back from a name, by what is known. Of resources also by templates, and by links seen in results."""
-        client, principal = exchange.client, exchange.principal
         route = self.views.table(face, method, client, principal).routes.get(name)
         if route is not None or method != "resources/list":
             return route
+        shape = face.plan.shape("resources")
         route = _by_template(name, self.views.table(face, "resources/templates/list", client, principal))
         if route is None:
             route = face.links.get(name)
-            if route is not None and not (route.spec.id in face.ids and shape_of(route.spec.resources).shows(name)):
-                route = None
-        if route is None or shape_of(route.spec.resources).denies(route.name):
-            return None
-        return None if face.plan.shape("resources").denies(name) else route
-
-    async def _resolve_own(self, spec: ServerSpec, method: str, name: str, exchange: Exchange) -> Route | None:
-        """At a server's own endpoint names need no table: what shaping lets through is for the server to know."""
-        shape = shape_of(getattr(spec, topic_of(method)))
-        if LISTS[method][1] == "name":
-            own = shape.native(name)
-            return Route(spec, own) if own is not None else None
-        if shape.shows(name):
-            return Route(spec, name)
-        if shape.denies(name):
-            return None
-        unit = self.supervisor.unit(spec, exchange.client, exchange.principal, listing=True)
-        await unit.listing("resources/templates/list", exchange.deadline)
-        face = self.views.face(exchange.target, exchange.principal)
-        table = self.views.table(face, "resources/templates/list", exchange.client, exchange.principal)
-        return _by_template(name, table)
+            if route is None or not shape_of(route.spec.resources).shows(route.name):
+                return None
+            if not (shape.shows(name) or shape.shows(route.name)):
+                return None
+        # A view's patterns meet what clashes under both names, as in its lists.
+        admitted = shape_of(route.spec.resources).admits(route.name) and shape.admits(name) and shape.admits(route.name)
+        return route if admitted else None
 
     async def _complete(self, face: Face, exchange: Exchange) -> Reply | Call:
         ref = exchange.message.param("ref")
@@ -283,6 +270,16 @@ class Aggregate:
             reply.kept = True
             face.kept[key] = (table, size, reply)
         return reply
+
+
+def _open(face: Face, method: str) -> bool:
+    """Whether names need no table there: at a server's own endpoint they are for the server to know, unless its entry
+    hides or renames something of the kind. Then what is not listed is unknown like what is hidden.
+    """
+    if not face.plan.own:
+        return False
+    shape = shape_of(getattr(face.specs[0], topic_of(method)))
+    return not (shape.hides or (shape.renames and LISTS[method][1] == "name"))
 
 
 def _reworded(face: Face, spec: ServerSpec, names: Mapping[str, str], message: Message) -> Message:

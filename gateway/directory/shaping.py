@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from fnmatch import translate
 from functools import lru_cache
 from typing import Any, Final
+from urllib.parse import unquote
 
 import attrs
 
@@ -30,13 +31,19 @@ _HINTS: Final = {
 """YAML key -> member of ``annotations``."""
 
 _NOTHING: Final = Shaping()
+_DOTS: Final = re.compile(r"(?:^|[/\\])\.\.?(?:[/\\?#]|$)")
+"""Segments of a path that are another one ("Remove Dot Segments", RFC 3986), also as Windows writes them."""
 
 
 class Shape:
-    """A Shaping, compiled. ``idle`` says that it changes nothing, so that nobody needs to ask it anything."""
+    """A Shaping, compiled. ``idle`` says that it changes nothing, so that nobody needs to ask it anything; ``hides``
+    that there may be things clients must not know of, ``renames`` that names lead to others.
+    """
 
     def __init__(self, shaping: Shaping) -> None:
         self.idle = shaping == _NOTHING
+        self.hides = shaping.allow is not None or bool(shaping.deny)
+        self.renames = bool(shaping.rename)
         self._allow = None if shaping.allow is None else _any_of(shaping.allow)
         self._deny = _any_of(shaping.deny)
         self._renamed = {name: reveal(text) for name, text in shaping.rename}
@@ -55,6 +62,17 @@ class Shape:
     def denies(self, name: str) -> bool:
         """Whether ``deny`` names it."""
         return self._deny.fullmatch(name) is not None
+
+    def admits(self, uri: str) -> bool:
+        """Whether a URI that no list has, but a template or a link leads to, may be used.
+
+        Servers take ``/a/../secret`` and ``/%73ecret`` for ``/secret``, so what is denied is denied in these spellings,
+        too, and where anything is hidden no path may go back.
+        """
+        if not self.hides:
+            return True
+        plain = unquote(uri)
+        return not (self.denies(uri) or self.denies(plain) or _DOTS.search(plain))
 
     def shown(self, method: str, item: Mapping[str, Any], wanted: str = "") -> Mapping[str, Any] | None:
         """An item of the list ``method`` as clients see it; None for a hidden one and for one without a usable name.
