@@ -17,8 +17,8 @@ from gateway.auth.principal import Principal
 from gateway.config.model import ServerSpec
 from gateway.config.snapshot import Snapshot
 from gateway.directory import LISTS, Merged, Route, shape_of, topic_of, with_names
-from gateway.errors import GatewayError, ServerProtocolError, UpstreamTimeout
-from gateway.exchange import Call, Client, Exchange, Reply
+from gateway.errors import GatewayError, ServerProtocolError, UnknownTarget, UpstreamTimeout
+from gateway.exchange import Call, Client, Exchange, Reply, Target
 from gateway.finder import Finder
 from gateway.protocol.eras import LOG_LEVELS, NO_RESOURCE, Era
 from gateway.protocol.message import INVALID_PARAMS, METHOD_NOT_FOUND, Message, dumps
@@ -169,6 +169,16 @@ class Aggregate:
         # A view's patterns meet what clashes under both names, as in its lists.
         admitted = shape_of(route.spec.resources).admits(route.name) and shape.admits(name) and shape.admits(route.name)
         return route if admitted else None
+
+    def sees(self, target: Target, client: Client, principal: Principal, uri: str) -> bool:
+        """Whether a resource that this client has used there is one that it may still know of."""
+        try:
+            face = self.views.face(target, principal)
+        except UnknownTarget:
+            return False
+        return _open(face, "resources/list") or (
+            self._known_route(face, "resources/list", uri, client, principal) is not None
+        )
 
     async def _complete(self, face: Face, exchange: Exchange) -> Reply | Call:
         ref = exchange.message.param("ref")

@@ -304,7 +304,7 @@ class Gateway:
         self.snapshot = Snapshot(settings, catalog, old.generation + 1)
         self.supervisor.directions = attrs.evolve(self.supervisor.directions, runtimes=read.runtimes)
         self.supervisor.apply(catalog)
-        self.router.views.apply(self.snapshot)
+        self.router.apply(self.snapshot)
         for server_id in (*changes.added, *changes.removed, *changes.modified):
             for topic in LIST_TOPICS:
                 self.hub.publish(server_id, topic)

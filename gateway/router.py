@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from json import loads
 from typing import Any, Final
 
@@ -78,6 +79,7 @@ class Router:
         self._finder = Finder(self.views)
         self._many = Aggregate(self.views, self._finder, current, self._send)
         self._local: dict[str, Callable[[Exchange], Reply]] = {"ping": lambda exchange: PONG}
+        self._subscribed: dict[Client, tuple[Principal, Target]] = {}
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -246,6 +248,7 @@ class Router:
         if exchange.client.owner is None:
             return Reply.error(METHOD_NOT_FOUND, "resources/subscribe needs a session")
         native = loads((exchange.changes or {}).get("uri", "null")) or uri
+        self._subscribed[exchange.client] = exchange.principal, exchange.target
         return Reply(await unit.subscribe(native, exchange.client, exchange.deadline, uri))
 
     async def _unsubscribe(self, exchange: Exchange, unit: Unit) -> Reply:
@@ -402,8 +405,22 @@ class Router:
             # The call itself will meet it, and say so in its own way.
             log.debug("tools could not be listed: %s", error)
 
+    def apply(self, snapshot: Snapshot) -> None:
+        """After a reload: nobody is told any more of resources that are hidden now."""
+        self.views.apply(snapshot)
+        for unit in self.supervisor.units():
+            watched = [(uri, *one) for uri, clients in unit.subscribers.items() for one in clients.items()]
+            for uri, client, shown in watched:
+                principal, target = self._subscribed.get(client, (None, None))
+                if principal is None or self._many.sees(target, client, principal, shown):
+                    continue
+                if unit.unsubscribed(uri, client):
+                    with suppress(GatewayError):  # the gateway is shutting down
+                        self.supervisor.spawn(partial(unit.unsubscribe, uri))
+
     def close(self, client: Client) -> None:
         """A client's session is over."""
+        self._subscribed.pop(client, None)
         self.supervisor.close_client(client)
 
 

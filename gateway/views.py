@@ -80,12 +80,18 @@ class Face:
         self._checked: dict[str, int] = {}
         self._sources: dict[str, list[Listing | None]] = {}
         self._old: dict[str, Merged] = {}
+        self._withdrawing: set[str] = set()
 
     def renew(self, snapshot: Snapshot, specs: tuple[ServerSpec, ...], plan: Plan) -> None:
-        """Take a new snapshot over."""
+        """Take a new snapshot over. What was made by other rules is forgotten: it may show what is hidden now."""
         self.snapshot = snapshot
         self.plan = plan
         self.specs = specs
+        self.kept.clear()
+        current = {spec: spec for spec in specs}  # equal ones may have been given another shape
+        links = {uri: (current.get(route.spec), route.name) for uri, route in self.links.items()}
+        self.links = {uri: Route(spec, name) for uri, (spec, name) in links.items() if spec is not None}
+        self._withdrawing.update(self.tables)
         self.ids = frozenset(spec.id for spec in specs)
         self.isolated = tuple(spec for spec in specs if spec.isolation not in ("shared", "tenant", "call"))
         self._checked.clear()
@@ -110,6 +116,12 @@ class Face:
         former = self.tables.get(method)
         if former is not None and former.mark != table.mark:
             self.keep(former)
+        if method in self._withdrawing:
+            # Pages of an older table must not show what a reload has hidden.
+            self._withdrawing.discard(method)
+            for old in [old for old in self._old.values() if old.method == method]:
+                if not old.routes.keys() <= table.routes.keys():
+                    del self._old[old.mark]
         for problem in table.problems:
             if former is None or problem not in former.problems:
                 log.warning("%s", problem)

@@ -713,3 +713,94 @@ def test_C5_views_hold_what_their_caller_may_see(tmp_path: Path) -> None:
             if who == "one":
                 assert {tuple(view["servers"]) for view in found} == {("mine", "both")}
                 assert {view["tools"] for view in found} == {8}
+
+
+# ---------------------------------------------------------------------------------------------------------- hot reload
+NOTE = "notifications/tools/list_changed"
+HIDING = {
+    "entry": ({"tools": {"deny": ["secret"]}, "resources": {"deny": ["*secret"]}}, {}),
+    "view": ({}, {"tools": {"deny": ["*secret"]}, "resources": {"deny": ["*secret"]}}),
+    "exclude": ({}, {"exclude": ["plain"]}),
+}
+"""What is edited: the entry, or the view."""
+
+
+@pytest.mark.parametrize("era", CLIENTS)
+@pytest.mark.parametrize("how", HIDING)
+def test_C5_what_a_reload_hides_is_gone_at_once(how: str, era: str, tmp_path: Path) -> None:
+    """For who is connected, in the middle of a list, subscribed to it, or has a link to it."""
+    in_entry, in_view = HIDING[how]
+    plain, other = lister(tmp_path, "plain"), lister(tmp_path, "other")
+    secret = "plain:///secret"
+    with RunningGateway(
+        tmp_path, entries([plain, other]), views=[{"name": "v"}], config={"list_page_size": 2}
+    ) as gateway:
+        client = CLIENTS[era](gateway, "/views/v/mcp")
+        finder = CLIENTS[era](gateway, "/views/v/mcp?mode=search")
+        assert len(names(client)) == 8
+        client.request("resources/templates/list")
+        inbox = client.listen()
+        updates = client.listen(resourceSubscriptions=[secret, "other:///open"]) if era == "modern" else inbox
+        if era == "legacy":
+            for uri in (secret, "other:///open"):
+                client.request("resources/subscribe", {"uri": uri})
+        cursors = {m: client.request(m).result["nextCursor"] for m in ("tools/list", "resources/list")}
+        client.call("plain__secret", link="plain:///linked/secret")
+        assert client.request("resources/read", {"uri": "plain:///linked/secret"}).result
+        assert (
+            json.loads(finder.call("search_tools", query="secret of plain").text)["tools"][0]["name"] == "plain__secret"
+        )
+        inbox.drained()
+
+        plain.entry |= in_entry
+        gateway.write(entries([plain, other]), [{"name": "v", **in_view}])
+        inbox.next(NOTE)
+        log = (tmp_path / "plain.log").read_text()
+        assert "plain__secret" not in names(client)
+        for method, cursor in cursors.items():
+            assert "list again" in client.request(method, {"cursor": cursor}).error["message"]
+        for method, key, name in (
+            ("tools/call", "name", "plain__secret"),
+            ("resources/read", "uri", secret),
+            ("resources/read", "uri", "plain:///linked/secret"),
+        ):
+            said = [client.request(method, {key: value}, id=ID).raw for value in (name, NEVER)]
+            assert said[0] == said[1].replace(NEVER.encode(), name.encode()), name
+        hits = json.loads(finder.call("search_tools", query="secret of plain", limit=50).text)["tools"]
+        assert "plain__secret" not in {hit["name"] for hit in hits} and hits
+        for tool in ("describe_tool", "call_tool"):
+            assert "not found" in finder.call(tool, name="plain__secret").text
+        # Updates of what is hidden reach nobody, others do.
+        everything = CLIENTS[era](gateway, "/mcp")
+        updates.drained()
+        everything.call("plain__open", updated=secret)
+        everything.call("other__open", updated="other:///open")
+        assert updates.next("notifications/resources/updated")["params"]["uri"] == "other:///open"
+        assert secret not in json.dumps(updates.drained(0.3))
+        asked = (tmp_path / "plain.log").read_text()[len(log) :].splitlines()
+        assert [line for line in asked if "secret" in line and "unsubscribe" not in line] == []
+        inbox.close()
+        updates.close()
+
+
+@pytest.mark.parametrize("era", CLIENTS)
+def test_C5_changes_of_what_is_hidden_are_told_to_nobody(era: str, tmp_path: Path) -> None:
+    plain = Lister(tmp_path, "plain", relist=True, entry={"tools": {"allow": ["plain-0", "plain-relist"]}})
+    with RunningGateway(tmp_path, entries([plain])) as gateway:
+        client = CLIENTS[era](gateway, "/mcp")
+        assert names(client) == {"plain__plain-0", "plain__plain-relist"}
+        inbox = client.listen()
+
+        def relisted(tools: int) -> None:
+            plain.becomes(tools=tools)
+            client.call("plain__plain-relist")
+
+        for tools, shown in ((0, {"plain__plain-relist"}), (1, {"plain__plain-0", "plain__plain-relist"})):
+            relisted(tools)
+            inbox.next(NOTE)
+            assert names(client) == shown
+        for tools in (9, 3):
+            relisted(tools)
+            assert inbox.drained(0.5) == []
+        assert len(client.request("tools/list").result["tools"]) == 2
+        inbox.close()
