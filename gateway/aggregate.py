@@ -6,7 +6,7 @@ is routed goes to its server under the server's own name for the thing, and its 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -121,13 +121,12 @@ class Aggregate:
             exchange.changes = {key: own} if exchange.changes is None else {**exchange.changes, key: own}
         if spec.request_timeout_seconds is not None and not face.plan.own:
             exchange.deadline = trio.current_time() + (spec.request_timeout_seconds or float("inf"))
-        resources = face.tables.get("resources/list")
-        names: Mapping[str, str] = NONE
-        if resources is not None and resources.renamed:
-            names = resources.renamed.get(spec.id, NONE)
+        # Made even if nobody has listed resources: the first link to one must have the right name.
+        resources = self.views.table(face, "resources/list", exchange.client, exchange.principal)
+        names: Mapping[str, str] = resources.renamed.get(spec.id, NONE) if resources.renamed else NONE
         if key == "uri" and name != route.name:
             names = {**names, route.name: name}
-        exchange.rewrite = partial(_reworded, face, spec, names)
+        exchange.rewrite = partial(self._reworded, face, spec, names, exchange.client, exchange.principal)
 
     async def resolve(self, face: Face, method: str, name: str, exchange: Exchange) -> Route | None:
         """Where a name leads. What is known already answers first, so one dead server delays nobody else.
@@ -215,6 +214,36 @@ class Aggregate:
                     nursery.start_soon(tell, unit)
         return EMPTY
 
+    def _reworded(
+        self,
+        face: Face,
+        spec: ServerSpec,
+        names: Mapping[str, str],
+        client: Client,
+        principal: Principal,
+        message: Message,
+    ) -> Message:
+        """A reply on its way to the client: resources have the URIs that it knows, and the gateway remembers the links
+        in it, which may lead to what no list has.
+
+        A URI that leads to another server already gets this one's id before it, as in lists.
+        """
+        if '"resource' in message.text:
+            for uri, link in _mentioned(message.result):
+                if uri in names:
+                    continue
+                name = uri
+                while True:
+                    known = self._known_route(face, "resources/list", name, client, principal)
+                    if known is None or (known.spec.id, known.name) == (spec.id, uri):
+                        break
+                    name = f"{spec.id}+{name}"
+                if link or name != uri:
+                    face.saw(name, Route(spec, uri))
+                if name != uri:
+                    names = {**names, uri: name}
+        return with_names(message, names) if names else message
+
     # ---------------------------------------------------------------------------------------------------------- lists
     async def _list(self, face: Face, exchange: Exchange) -> Reply:
         """One page of a list: of every server that could be listed in time, the others named."""
@@ -292,16 +321,20 @@ def _open(face: Face, method: str) -> bool:
     return not (shape.hides or (shape.renames and LISTS[method][1] == "name"))
 
 
-def _reworded(face: Face, spec: ServerSpec, names: Mapping[str, str], message: Message) -> Message:
-    """A reply on its way to a client of many servers: resources have the URIs that it knows, and the gateway remembers
-    the links in it, which may lead to what no list has.
-    """
-    if '"resource_link"' in message.text and type(message.result) is dict:
-        content = message.result.get("content")
-        for part in content if type(content) is list else ():
-            if type(part) is dict and part.get("type") == "resource_link" and type(part.get("uri")) is str:
-                face.saw(part["uri"], spec)
-    return with_names(message, names) if names else message
+def _mentioned(result: Any) -> Iterator[tuple[str, bool]]:
+    """The URIs of resources in the content of a result, and of each whether it is a link to one."""
+    if type(result) is not dict:
+        return
+    parts = list(content) if type(content := result.get("content")) is list else []
+    messages = result.get("messages")
+    parts += [message.get("content") for message in messages if type(message) is dict] if type(messages) is list else []
+    for part in parts:
+        if type(part) is not dict:
+            continue
+        link = part.get("type") == "resource_link"
+        uri = part.get("uri") if link else part["resource"].get("uri") if type(part.get("resource")) is dict else None
+        if type(uri) is str:
+            yield uri, link
 
 
 def _by_template(uri: str, merged: Merged) -> Route | None:

@@ -162,12 +162,12 @@ class Face:
         found = self._old.get(mark)
         return found if found is not None and found.method == method else None
 
-    def saw(self, uri: str, spec: ServerSpec) -> None:
+    def saw(self, uri: str, route: Route) -> None:
         """A result has named this resource."""
         self.links.pop(uri, None)
         while len(self.links) >= MAX_LINKS:
             del self.links[next(iter(self.links))]
-        self.links[uri] = Route(spec, uri)
+        self.links[uri] = route
 
 
 def _differ(one: Listing | None, other: Listing | None) -> bool:

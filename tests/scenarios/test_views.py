@@ -202,7 +202,7 @@ class World:
             assert "_meta" not in client.request(method).result
 
     def log(self, id: str) -> list[str]:
-        """What has been asked of a server: "METHOD NAME". Without what the gateway takes back once a session has ended."""
+        """What has been asked of a server: "METHOD NAME". Without what is taken back after a session has ended."""
         path = self.folder / f"{id}.log"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in lines if not line.startswith("resources/unsubscribe")]
@@ -804,3 +804,48 @@ def test_C5_changes_of_what_is_hidden_are_told_to_nobody(era: str, tmp_path: Pat
             assert inbox.drained(0.5) == []
         assert len(client.request("tools/list").result["tools"]) == 2
         inbox.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- links
+@pytest.mark.parametrize("era", CLIENTS)
+def test_C4_C5_links_lead_to_their_own_server_and_not_to_what_is_hidden(era: str, tmp_path: Path) -> None:
+    first, second = lister(tmp_path, "first"), lister(tmp_path, "second")
+    for one in (first, second):
+        one.said |= {"uris": ["x:///listed"] if one is first else ["x:///own"], "templates": ["y:///{n}"]}
+        one.entry["runtime"]["args"][-1] = json.dumps(one.said)
+    views = [{"name": "v", "resources": {"deny": ["*hidden*", "y:///deep/*"], "allow": ["x:*", "y:*"]}}]
+    with RunningGateway(tmp_path, entries([first, second]), views=views) as gateway:
+        client = CLIENTS[era](gateway, "/views/v/mcp")
+
+        def linked(server: str, uri: str) -> str:
+            """The name that a link of this server's has for the client."""
+            link, embedded = client.call(f"{server}__open", link=uri).result["content"]
+            assert link["uri"] == embedded["resource"]["uri"]
+            return str(link["uri"])
+
+        def read(uri: str) -> Any:
+            message = client.request("resources/read", {"uri": uri}).message
+            return message["result"]["contents"][0]["text"] if "result" in message else message["error"]["message"]
+
+        # What there is is known, though nobody has listed resources here.
+        for method in ("tools/list", "resources/list", "resources/templates/list"):
+            LegacyClient(gateway, "/mcp").request(method)
+        assert linked("second", "x:///listed") == "second+x:///listed"
+        assert read("second+x:///listed") == "second:x:///listed" and read("x:///listed") == "first:x:///listed"
+        assert linked("second", "x:///own") == "x:///own" and read("x:///own") == "second:x:///own"
+        # Neither lists it: the first to link to it has the name.
+        assert linked("second", "x:///new") == "x:///new"
+        assert linked("first", "x:///new") == "first+x:///new"
+        assert linked("second", "x:///new") == "x:///new"
+        assert (read("x:///new"), read("first+x:///new")) == ("second:x:///new", "first:x:///new")
+        # Both have the template.
+        assert linked("first", "y:///1") == "y:///1" and linked("second", "y:///1") == "second+y:///1"
+        assert (read("y:///1"), read("second+y:///1")) == ("first:y:///1", "second:y:///1")
+        templates = [t["uriTemplate"] for t in client.request("resources/templates/list").result["resourceTemplates"]]
+        assert templates == ["y:///{n}", "second+y:///{n}"]
+        # Denied, not allowed: a link changes nothing.
+        for uri in ("x:///hidden", "y:///hidden", "y:///deep/1", "z:///1", "y:///a/../deep/1"):
+            for server in ("first", "second"):
+                linked(server, uri)
+                for name in (uri, f"{server}+{uri}", f"second+{uri}"):
+                    assert read(name) == f"Resource '{name}' not found"
