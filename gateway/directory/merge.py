@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from zlib import crc32
 
 import attrs
@@ -111,13 +111,14 @@ class _Joining:
     def add(self, spec: ServerSpec, listing: Listing) -> None:
         """Put one server's items behind those that are there."""
         for thing in render(spec, listing, self.plan):
-            item, text = thing.item, thing.text
-            if item[self.key] in self.routes:
+            own, _, _, item, text = thing
+            name = item[self.key]
+            if name in self.routes:
                 moved = self._clash(spec, thing)
                 if moved is None:
                     continue
-                item, text = moved, dumps(moved)
-            self.routes[item[self.key]] = Route(spec, thing.own, dumps(thing.own))
+                name, item, text = moved[self.key], moved, dumps(moved)
+            self.routes[name] = Route(spec, own, dumps(own))
             self.items.append(item)
             self.texts.append(text)
             self.origins.append(spec.id)
@@ -151,8 +152,7 @@ class _Joining:
         return name
 
 
-@attrs.frozen
-class _Thing:
+class _Thing(NamedTuple):
     """What one item of a listing becomes in a table.
 
     own     what its server calls it
