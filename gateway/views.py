@@ -342,7 +342,7 @@ class Views:
 
     async def _run(self, spec: ServerSpec, fetch: _Fetch) -> None:
         """Try until it is listed, or nobody cares any more."""
-        pause = 1.0
+        pause, due = 1.0, 0.0
         try:
             while self._current().catalog.by_id.get(spec.id) == spec:
                 wait = await self._try(spec, fetch)
@@ -352,11 +352,15 @@ class Views:
                 if not self.hub.heard:
                     return
                 fetch.client, fetch.principal = _nobody(), ANONYMOUS
-                with trio.move_on_after(max(pause, wait)):
+                now = trio.current_time()
+                if due <= now:
+                    due = now + pause
+                    pause = min(2 * pause, MAX_PAUSE)
+                # A list that asks for it in between is tried at once, and neither delays nor spaces out what was due.
+                with trio.move_on_at(max(due, now + wait)):
                     await fetch.poked.wait()
                 fetch.poked = trio.Event()
                 fetch.trying = True
-                pause = min(2 * pause, MAX_PAUSE)
         finally:
             fetch.running = fetch.trying = False
             fetch.tell()
