@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["Instances", "Left"]
 log = logging.getLogger("gateway_core")
 
 FOLDER: Final = "instances"
+_ID: Final = re.compile(r"[0-9a-f]{32}")
 MAX_SIZE: Final = 64 * 1024
 """Bytes of a file that are looked at: a few hundred places."""
 
@@ -67,6 +69,19 @@ class Instances:
     def leaves(self) -> None:
         """See ``base.Instance``."""
         self._clean = False
+
+    def dead(self, id: str) -> bool:
+        """See ``base.Instance``. Of gateways that have kept their files here only."""
+        if self._folder is None or not _ID.fullmatch(id):
+            return False
+        try:
+            fd = os.open(self._folder / id, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            return _lock(fd)
+        finally:
+            os.close(fd)
 
     def _create(self, folder: Path) -> int:
         """A file of our own, which is never seen without its lock."""

@@ -118,6 +118,9 @@ class Instance(Protocol):
     def leaves(self) -> None:
         """Something that was made could not be removed: a later gateway has to look after it."""
 
+    def dead(self, id: str) -> bool:
+        """Whether that instance id is known to be of a gateway that has ended: what it has made may be taken over."""
+
 
 class Progress(Protocol):
     """Takes what a start is doing at the moment, for people: "pulling image acme/box:1, 45 %".

@@ -1,17 +1,45 @@
-"""Servers in containers, on Docker or Podman: the YAML schema (compat K17-K23). This build does not run them yet."""
+"""Servers in containers, on Docker or Podman (compat K17-K23): the YAML schema, and what ``check`` says of an entry.
+
+A container gets what its entry says and nothing of the gateway's own environment. It is safe by default (robustness
+RB65): no new privileges, no capabilities, limits on memory, CPU and processes, an init process, and of this machine
+only the paths that ``_mounts`` lets through. Each relaxation is a key of its own, and ``check`` prints it.
+
+What runs a container is imported by the first one: see ``_container``.
+"""
 
 from __future__ import annotations
 
-from typing import Final, Literal
+import os
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final, Literal
 
 import attrs
 
-from gateway.config.model import StringMap, Text
-from gateway.runtimes.base import Runtime
+from gateway.config.model import Secret, StringMap, Text, reveal
+from gateway.runtimes._mounts import parse_mount, refusal, resolved
+from gateway.runtimes._quantities import memory_bytes, nano_cpus, shown_bytes
+from gateway.runtimes._reference import parse_reference
+from gateway.runtimes.base import Place, Runtime, Surroundings
 
-__all__ = ["PODMAN", "RUNTIME", "Amounts", "DockerSpec", "Resources"]
+__all__ = ["PODMAN", "RUNTIME", "Amounts", "DockerSpec", "Resources", "limits_of"]
 
 _NO_STRINGS: Final = StringMap()
+
+LABEL: Final = "open-mcp-gateway."
+"""What the labels begin with that say whose a container is."""
+CPU: Final = 1_000_000_000
+MEMORY: Final = 1024 * 1024 * 1024
+PIDS: Final = 256
+"""The limits of an entry that sets none."""
+
+_CAPABILITY: Final = re.compile(r"[A-Z][A-Z_]{0,63}")
+_NETWORK: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_CONTAINER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{1,127}")
+_USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})?")
+_PLATFORM: Final = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+){0,2}")
 
 
 @attrs.frozen
@@ -22,6 +50,17 @@ class Amounts:
     memory: str | int | None = None
     pids: int | None = None
 
+    def __attrs_post_init__(self) -> None:
+        for name, read in (("cpu", nano_cpus), ("memory", memory_bytes)):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    read(value)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        if self.pids is not None and not 0 < self.pids < 2**31:
+            raise ValueError("pids must be at least 1")
+
 
 @attrs.frozen
 class Resources:
@@ -30,16 +69,22 @@ class Resources:
     requests: Amounts = Amounts()
     limits: Amounts = Amounts()
 
+    def __attrs_post_init__(self) -> None:
+        if self.requests.pids is not None:
+            raise ValueError("requests can't hold pids; it is a limit")
+
 
 @attrs.frozen
 class DockerSpec:
     """A container made from ``image`` for this server alone.
 
-    command, args   replace the image's command; entrypoint replaces its entry point
+    command, args   replace the image's command; entrypoint replaces its entry point ("" removes it)
     env, env_file   added to the image's environment, under the entry's own ``env``; a file is relative to the catalog
     volumes         host:container[:ro]; container_name: unique by default
+    network         none, host, or a network of the engine; the engine's default network by default
     port, path      the server speaks HTTP there instead of stdin and stdout
-    read_only, tmpfs, cap_add, user, resources    relaxations and limits of the safe defaults (robustness RB65)
+    read_only, tmpfs, cap_add, init, user, resources    relaxations and limits of the safe defaults (robustness RB65)
+    host            the engine's address (unix://..., tcp://...); by default it is looked for as its own client does
     """
 
     image: Text
@@ -57,16 +102,144 @@ class DockerSpec:
     read_only: bool = False
     tmpfs: tuple[str, ...] = ()
     cap_add: tuple[str, ...] = ()
+    init: bool = True
     pull: Literal["missing", "always", "never"] = "missing"
     platform: str | None = None
     labels: StringMap = _NO_STRINGS
     port: int | None = None
     path: Text = "/mcp"
+    host: Text | None = None
 
     def __attrs_post_init__(self) -> None:
+        """A mistake in the file is told when it is read; one in a variable harms only the server that uses it."""
+        self.check(written=True)
+
+    def check(self, *, written: bool = False) -> None:
+        """Raise ValueError, beginning with the key's name, for a value that can't be used.
+
+        ``written``: only of what stands in the file itself, not of what came out of ``${}``.
+        """
+
+        def known(text: Text | None) -> str | None:
+            return None if text is None or (written and isinstance(text, Secret)) else reveal(text)
+
+        if (image := known(self.image)) is not None:
+            _explain("image", parse_reference, image)
+        for volume in self.volumes:
+            if (text := known(volume)) is not None:
+                _explain("volumes:", parse_mount, text)
+        network, name, path = known(self.network), known(self.container_name), known(self.path)
+        if network is not None and not _NETWORK.fullmatch(network):
+            raise ValueError(f"network {network[:80]!r} is neither none, host nor the name of a network")
+        if name is not None and not _CONTAINER.fullmatch(name):
+            raise ValueError("container_name takes two or more letters, digits, _ . and -")
         if self.port is not None and not 0 < self.port < 65536:
             raise ValueError("port must be between 1 and 65535")
+        if self.port is not None and network == "none":
+            raise ValueError("port needs a network, and network is none")
+        if path is not None and not re.fullmatch(r"/[\x21-\x22\x24-\x7e]*", path):
+            raise ValueError("path must begin with / and hold neither spaces nor #")
+        if (folder := known(self.working_dir)) is not None and not folder.startswith("/"):
+            raise ValueError("working_dir must be an absolute path in the container")
+        if self.user is not None and not _USER.fullmatch(str(self.user)):
+            raise ValueError("user is a name or number, with :GROUP if need be")
+        if self.platform is not None and not _PLATFORM.fullmatch(self.platform):
+            raise ValueError("platform is written os/architecture, such as linux/amd64")
+        for mount in self.tmpfs:
+            if not mount.startswith("/") or mount.partition(":")[0].rstrip("/") == "":
+                raise ValueError(f"tmpfs: {mount[:80]!r} must be an absolute path in the container, other than /")
+        for capability in self.cap_add:
+            if not _CAPABILITY.fullmatch(capability):
+                raise ValueError(f"cap_add: {capability[:80]!r} is no capability, such as NET_RAW")
+        for label, _ in self.labels:
+            if label.startswith(LABEL) or not label:
+                raise ValueError(f"labels: {label[:80]!r} is empty or one of the gateway's own")
 
 
-RUNTIME: Final = Runtime("docker", DockerSpec, None)
-PODMAN: Final = Runtime("podman", DockerSpec, None)
+def _explain(key: str, parse: Any, text: str) -> None:
+    try:
+        parse(text)
+    except ValueError as error:
+        raise ValueError(f"{key} {error}") from None
+
+
+def limits_of(spec: DockerSpec) -> tuple[int, int, int]:
+    """Billionths of a CPU, bytes of memory and processes that the container may use."""
+    limits = spec.resources.limits
+    return (
+        CPU if limits.cpu is None else nano_cpus(limits.cpu),
+        MEMORY if limits.memory is None else memory_bytes(limits.memory),
+        limits.pids or PIDS,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- advice
+def advise(spec: DockerSpec, surroundings: Surroundings) -> Sequence[str]:
+    """See ``base.Runtime.advice``."""
+    found = []
+    sockets = _sockets(surroundings.environ)
+    for volume in spec.volumes:
+        shown = volume.template if isinstance(volume, Secret) else volume
+        try:
+            mount = parse_mount(reveal(volume))
+        except ValueError as error:
+            found.append(f"volumes: {error}; it will not start" if shown is volume else f"volumes: {shown} is refused")
+            continue
+        reason = ""
+        if not mount.named:
+            path = resolved(mount.source, surroundings.catalog_dir, surroundings.environ.get("HOME", ""))
+            reason = refusal(path, surroundings.allowed_paths, sockets, surroundings.environ)
+        if reason:
+            found.append(f"volumes: {shown} is refused, and it will not start: {reason}")
+        elif not mount.read_only:
+            found.append(f"volumes: {shown} can be written to by the server (:ro forbids it)")
+    network = "" if spec.network is None else reveal(spec.network)
+    if network == "host":
+        found.append("network: host lets the server into all that listens on this machine")
+    if spec.cap_add:
+        found.append(f"cap_add gives the server the capabilities {', '.join(spec.cap_add)}")
+    if not spec.init:
+        found.append("init: false leaves the server without a process that reaps its children")
+    cpu, memory, pids = limits_of(spec)
+    raised = [
+        f"{cpu / CPU:g} CPUs" if cpu > CPU else "",
+        f"{shown_bytes(memory)} of memory" if memory > MEMORY else "",
+        f"{pids} processes" if pids > PIDS else "",
+    ]
+    if any(raised):
+        found.append(f"resources let the server use {', '.join(filter(None, raised))}, which is above the default")
+    if spec.env_file is not None:
+        path = os.path.join(surroundings.catalog_dir, os.path.expanduser(reveal(spec.env_file)))
+        if not os.access(path, os.R_OK):
+            found.append("env_file can't be read, and it will not start")
+    return found
+
+
+def _sockets(environ: Mapping[str, str]) -> list[str]:
+    """See ``_engine.sockets_of``, without what importing that costs where there is nothing to look at."""
+    from gateway.runtimes._engine import sockets_of
+
+    return sockets_of(environ)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+@asynccontextmanager
+async def _open(type: str, spec: DockerSpec, surroundings: Surroundings) -> AsyncIterator[Place]:
+    """A running container for as long as the block lasts; see ``_container.open_container``."""
+    from gateway.runtimes._container import open_container
+
+    async with open_container(type, spec, surroundings) as place:
+        yield place
+
+
+async def _sweep(type: str, where: str, instance: str, environ: Mapping[str, str]) -> None:
+    """See ``base.Runtime.sweep``."""
+    from gateway.runtimes._container import sweep
+
+    await sweep(type, where, instance, environ)
+
+
+RUNTIME: Final = Runtime(
+    "docker", DockerSpec, partial(_open, "docker"), advice=advise, sweep=partial(_sweep, "docker")
+)
+PODMAN: Final = Runtime("podman", DockerSpec, partial(_open, "podman"), advice=advise, sweep=partial(_sweep, "podman"))

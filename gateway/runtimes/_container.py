@@ -1,0 +1,699 @@
+"""One container: made, attached to, started, watched, and removed again.
+
+Order matters. The streams are attached before the start, or the first lines are lost. The container has our labels
+from its creation on, so whatever happens to this process, a later gateway finds it (robustness RB62). It has ended when
+the engine says so; ``_Ending`` finds out why. However the block is left, the container is removed with its anonymous
+volumes: stdin closed, at most a second, its stop signal, ``stop_grace``, then by force.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
+from math import inf
+from typing import Any, Final
+
+import trio
+
+from gateway.config.model import reveal
+from gateway.errors import LinkLost, StartFailed
+from gateway.runtimes._engine import Engine, EngineGone, EngineRefused, Hijacked, find_engine, sockets_of
+from gateway.runtimes._images import pull
+from gateway.runtimes._plan import Plan, make_plan
+from gateway.runtimes._quantities import shown_bytes
+from gateway.runtimes._reference import parse_reference
+from gateway.runtimes.base import Origin, Place, Surroundings
+from gateway.runtimes.docker import LABEL, DockerSpec, limits_of
+from gateway.runtimes.local_process import StderrLines
+
+__all__ = ["Frames", "open_container", "sweep", "usage"]
+
+log = logging.getLogger("gateway_core")
+
+CLOSE_WAIT: Final = 0.8
+"""Seconds between the end of stdin and the stop signal."""
+CREATE_WAIT: Final = 30.0
+"""Seconds for the engine to make a container. Nothing interrupts it: what is made must be known."""
+REMOVE_WAIT: Final = 10.0
+"""Seconds for a removal, with its retries. What is left then is for a later gateway."""
+SETTLE: Final = 2.0
+"""Seconds after the end of the streams for the engine to say why."""
+REST_WAIT: Final = 1.0
+"""Seconds after the end of the container for the rest of its output."""
+UNEXPLAINED: Final = 0.4
+"""Seconds after the end by a signal for the engine to say that it removes the container or itself ends."""
+RETURN_WAIT: Final = 10.0
+"""Seconds for which a start waits for an engine that was there before."""
+NAME_WAIT: Final = 30.0
+"""Seconds for which a start waits for a fixed name that another container of ours still has."""
+LOOK_LIMIT: Final = 2.0
+READ_SIZE: Final = 64 * 1024
+BIG_SIZE: Final = 256 * 1024
+
+
+# -------------------------------------------------------------------------------------------------- the stream's frames
+class Frames:
+    """Takes a container's multiplexed stream apart: eight bytes (stream, three zeros, length), then the payload.
+
+    Incremental; holds no payload, so a frame's length costs nothing. No I/O.
+    """
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._left = 0
+        self._errors = False
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        """The next bytes of the stream as (stdout, stderr). Raises ValueError for what is no such stream."""
+        if self._left >= len(data):  # inside a frame
+            self._left -= len(data)
+            return (b"", data) if self._errors else (data, b"")
+        view = memoryview(data)
+        out: list[memoryview] = []
+        err: list[memoryview] = []
+        at, end = 0, len(data)
+        while at < end:
+            if not self._left:
+                head = self._head + bytes(view[at : at + 8 - len(self._head)])
+                at += len(head) - len(self._head)
+                if len(head) < 8:
+                    self._head = head
+                    break
+                self._head = b""
+                if head[0] > 3 or head[1:4] != b"\0\0\0":
+                    raise ValueError(f"{head!r} is no header of a container's stream")
+                self._errors = head[0] >= 2  # 3 is the engine's own complaint
+                self._left = int.from_bytes(head[4:], "big")
+            size = min(self._left, end - at)
+            if size:
+                (err if self._errors else out).append(view[at : at + size])
+                self._left -= size
+                at += size
+        return b"".join(out), b"".join(err)
+
+
+# --------------------------------------------------------------------------------------------------------------- usage
+def usage(stats: Any) -> dict[str, Any]:
+    """What ``/containers/ID/stats`` says, for people: memory without the page cache, CPU and processes.
+
+    cgroup v1 and v2 keep the page cache under different names. {} for what is not there.
+    """
+    found: dict[str, Any] = {}
+    if not isinstance(stats, dict):
+        return found
+    memory, cpu, pids = (stats.get(key) or {} for key in ("memory_stats", "cpu_stats", "pids_stats"))
+    used = memory.get("usage")
+    if isinstance(used, int) and used > 0:
+        parts = memory.get("stats") or {}
+        cache = parts.get("total_inactive_file", parts.get("inactive_file", 0))
+        found["memory_bytes"] = used - cache if isinstance(cache, int) and 0 <= cache < used else used
+        if isinstance(memory.get("limit"), int):
+            found["memory_limit_bytes"] = memory["limit"]
+    total = (cpu.get("cpu_usage") or {}).get("total_usage")
+    if isinstance(total, int) and total > 0:
+        found["cpu_seconds"] = round(total / 1e9, 2)
+    if isinstance(pids.get("current"), int):
+        found["pids"] = pids["current"]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- why it ended
+class _Ending:
+    """What is known of a container's end, from its state and the engine's events. ``reason`` makes the sentence."""
+
+    def __init__(self, engine: Engine, memory: int) -> None:
+        self._engine = engine
+        self._memory = memory
+        self.paused = False
+        self.out_of_memory = False
+        self.killed = ""
+        self.removed = trio.Event()
+        self.events_over = trio.Event()
+
+    def event(self, event: Any) -> None:
+        """Take one of the engine's events about this container. Docker's and Podman's names differ."""
+        if not isinstance(event, dict):
+            return
+        action = str(event.get("Action") or event.get("status") or "").partition(":")[0]
+        if action == "oom":
+            self.out_of_memory = True
+        elif action in ("destroy", "remove"):
+            self.removed.set()
+        elif action in ("pause", "unpause"):
+            self.paused = action == "pause"
+        elif action == "kill":
+            actor = event.get("Actor")
+            attributes = actor.get("Attributes") if isinstance(actor, dict) else None
+            self.killed = str((attributes or {}).get("signal", "")) if isinstance(attributes, dict) else ""
+
+    def reason(self, code: int, state: Mapping[str, Any]) -> str:
+        """Why it ended, given its exit code and the engine's word about its state ({} if it is gone)."""
+        if self.out_of_memory or state.get("OOMKilled"):
+            return f"container ran out of memory (limit {shown_bytes(self._memory)})"
+        if self.removed.is_set() or not state or state.get("Status") == "removing":
+            return "container was removed"
+        name = ""
+        if code > 128:
+            with suppress(ValueError):
+                name = f" ({signal.Signals(code - 128).name})"
+        text = f"container exited with code {code}{name}"
+        if code == 137 and not self.killed and self._engine.podman:  # which does not tell
+            text += f", perhaps out of memory (limit {shown_bytes(self._memory)})"
+        said = state.get("Error")
+        return f"{text}: {said}" if said else text
+
+
+# ------------------------------------------------------------------------------------------------------- the container
+class Container:
+    """A created container as a ``base.Pipe``. Made by ``open_container``, which alone stops it.
+
+    One task at a time may be in ``receive_some`` and one in ``wait_writable``. The attached streams are a raw
+    non-blocking descriptor: a read is one wait and one system call, a write one system call.
+    """
+
+    def __init__(self, engine: Engine, id: str, plan: Plan, surroundings: Surroundings) -> None:
+        self.id = id
+        self.port = plan.port
+        self._engine = engine
+        self._path = f"/containers/{id}"
+        self._details: dict[str, Any] = {
+            "container": plan.name,
+            "container_id": id,
+            "image": plan.image,
+            "engine": engine.where,
+        }
+        self._ending = _Ending(engine, plan.memory)
+        self._stop_signal = "SIGTERM"
+        self._lines = StderrLines(surroundings.log, plan.redact)
+        self._talk = StderrLines(surroundings.log, plan.redact)  # what an HTTP server prints
+        self._frames = Frames()
+        self._fd = -1
+        self._early = b""
+        self._halves = True
+        self._size = READ_SIZE
+        self.started = False
+        self._stopping = False
+        self._end: str | None = None
+        self._ended = trio.Event()
+        self._output_over = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Container {self.id[:12]} {self._end or 'running'}>"
+
+    # ------------------------------------------------------------------------------------------------------- as a Pipe
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """See ``base.Pipe``: the container's name and id, its image and that one's digest, and the engine."""
+        return dict(self._details)
+
+    async def measure(self) -> Mapping[str, Any]:
+        """See ``base.Pipe``: memory, CPU and processes, as the engine counts them."""
+        if self._ended.is_set():
+            return {}
+        try:
+            query = {"stream": "false", "one-shot": "true"}
+            return usage(await self._engine.ask("GET", f"{self._path}/stats", query=query, limit=5))
+        except StartFailed:
+            return {}
+
+    def remark(self) -> str:
+        """See ``base.Pipe``."""
+        return "container is paused" if self._ending.paused else ""
+
+    def write_nowait(self, data: bytes | memoryview) -> int:
+        """See ``base.Pipe``."""
+        if self._ended.is_set() or self._fd < 0:
+            raise LinkLost(self.diagnosis())
+        try:
+            return os.write(self._fd, data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise LinkLost(self.diagnosis()) from error
+
+    async def wait_writable(self) -> None:
+        """See ``base.Pipe``."""
+        if not self._ended.is_set() and self._fd >= 0:
+            with suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_writable(self._fd)
+        await trio.lowlevel.checkpoint()
+        if self._ended.is_set() or self._fd < 0:
+            raise LinkLost(self.diagnosis())
+
+    async def receive_some(self) -> bytes:
+        """See ``base.Pipe``. Always lets other tasks run; reads more at a time while the server sends much."""
+        while not self._output_over.is_set():
+            try:
+                if self._early:
+                    await trio.lowlevel.checkpoint()
+                    data, self._early = self._early, b""
+                else:
+                    await trio.lowlevel.wait_readable(self._fd)
+                    data = os.read(self._fd, self._size)
+            except BlockingIOError:
+                continue
+            except trio.ClosedResourceError:
+                if self._fd >= 0:
+                    continue  # woken by the end: the socket may still hold something
+                data = b""
+            except OSError:
+                data = b""
+            if not data:
+                self._output_over.set()
+                break
+            self._size = BIG_SIZE if len(data) >= self._size else READ_SIZE
+            try:
+                out, err = self._frames.feed(data)
+            except ValueError as error:
+                log.warning("%s: %s", self._engine.name, error)
+                self._output_over.set()
+                break
+            if err:
+                self._lines.feed(err, time.monotonic())
+            if out:
+                return out
+        with trio.move_on_after(SETTLE):
+            await self._ended.wait()
+        await trio.lowlevel.checkpoint()
+        return b""
+
+    async def wait_exited(self) -> None:
+        """See ``base.Pipe``."""
+        await self._ended.wait()
+
+    def diagnosis(self) -> str:
+        """See ``base.Pipe``."""
+        end = self._end or self.remark() or "container is running"
+        last = self._lines.last() or (self._talk.last() if self.port is not None else "")
+        return f"{end}: {last}" if last else end
+
+    async def ended(self) -> str:
+        """See ``base.Origin``."""
+        await self._ended.wait()
+        return self.diagnosis()
+
+    # -------------------------------------------------------------------------------------------------------- starting
+    def take(self, streams: Hijacked) -> None:
+        """Take over the attached streams."""
+        self._fd, self._early, self._halves = streams.fd, streams.early, streams.halves
+
+    async def start(self) -> None:
+        """Start it. Raises StartFailed with the engine's reason."""
+        try:
+            await self._engine.ask("POST", f"{self._path}/start", limit=60)
+        except EngineRefused as refused:
+            hint = ""
+            if "exec format error" in refused.reason:
+                hint = " (the image is for another platform)"
+            raise StartFailed(f"container can't be started: {refused.reason}{hint}") from refused
+        self.started = True
+
+    async def inspect(self, limit: float = LOOK_LIMIT) -> dict[str, Any]:
+        """The engine's word about it; {} if it is gone. Raises EngineGone, EngineRefused."""
+        try:
+            found = await self._engine.ask("GET", f"{self._path}/json", limit=limit)
+        except EngineRefused as refused:
+            if refused.answer == 404:
+                return {}
+            raise
+        return found if isinstance(found, dict) else {}
+
+    async def learn(self) -> Mapping[str, Any]:
+        """Look at the started container once: its stop signal, its image's digest, whether it is paused."""
+        found = await self.inspect(10)
+        config, state = found.get("Config") or {}, found.get("State") or {}
+        self._stop_signal = str(config.get("StopSignal") or "SIGTERM")
+        self._ending.paused = bool(state.get("Paused"))
+        self._details["image_id"] = found.get("Image", "")
+        with suppress(StartFailed):
+            image = await self._engine.ask("GET", f"/images/{found.get('Image')}/json", limit=10)
+            digests = image.get("RepoDigests") if isinstance(image, dict) else None
+            if digests:
+                self._details["image_digest"] = str(digests[0]).rpartition("@")[2]
+        return found
+
+    # -------------------------------------------------------------------------------------------------------- watching
+    async def watch(self) -> None:
+        """Find out that it has ended, and why; then tell everybody. Returns when nothing more comes of it."""
+        self._end = await self._await_end()
+        self._ended.set()
+        self._wake()  # a writer that waits for room, and the reader, who may have to read on
+        with trio.move_on_after(REST_WAIT):
+            await self._output_over.wait()
+        self._output_over.set()
+        self._wake()
+
+    async def _await_end(self) -> str:
+        while True:
+            try:
+                answer = await self._engine.ask("POST", f"{self._path}/wait", limit=inf)
+                code = answer.get("StatusCode") if isinstance(answer, dict) else None
+                return await self._explain(code if isinstance(code, int) else -1)
+            except EngineRefused as refused:
+                return "container was removed" if refused.answer == 404 else refused.message
+            except EngineGone as gone:
+                try:
+                    state = (await self.inspect()).get("State") or {}
+                    if not state.get("Running"):
+                        return await self._explain(int(state.get("ExitCode", -1)))
+                    if self._output_over.is_set():
+                        return f"{self._engine.name} has let go of the container's streams"
+                except (StartFailed, ValueError, TypeError):
+                    log.debug("while waiting for a container: %s", gone.message)
+                    return f"{self._engine.name} went away"
+            await trio.sleep(0.2)
+
+    async def _explain(self, code: int) -> str:
+        ending = self._ending
+        if self._stopping:
+            return "container was stopped"
+        if code > 128 and not ending.out_of_memory:
+            with trio.move_on_after(UNEXPLAINED):
+                async with trio.open_nursery() as nursery:
+                    for sign in (ending.removed, ending.events_over):
+                        nursery.start_soon(_first, sign.wait, nursery.cancel_scope)
+        try:
+            state = (await self.inspect()).get("State") or {}
+        except StartFailed:
+            return f"{self._engine.name} went away"
+        return ending.reason(code, state)
+
+    async def listen(self) -> None:
+        """Follow the engine's events about it. Without them only the explanations are poorer."""
+        filters = f'{{"type":["container"],"container":["{self.id}"]}}'
+        with suppress(StartFailed):
+            async with self._engine.lines("GET", "/events", query={"filters": filters}) as events:
+                async for event in events:
+                    self._ending.event(event)
+        self._ending.events_over.set()
+
+    async def drain(self) -> None:
+        """Log what an HTTP server prints."""
+        while data := await self.receive_some():
+            self._talk.feed(data, time.monotonic())
+
+    # -------------------------------------------------------------------------------------------------------- stopping
+    async def stop(self, grace: float) -> None:
+        """End it politely, if it still runs. Run shielded; bounded by CLOSE_WAIT + grace and the engine's answers."""
+        self._stopping = True
+        if not self.started:
+            return
+        if not self._ended.is_set() and self.port is None:
+            self._end_input()
+            with trio.move_on_after(CLOSE_WAIT):
+                await self._ended.wait()
+        if not self._ended.is_set() and not self._ending.paused:
+            with suppress(StartFailed):
+                query = {"signal": self._stop_signal}
+                await self._engine.ask("POST", f"{self._path}/kill", query=query, limit=LOOK_LIMIT)
+            with trio.move_on_after(grace):
+                await self._ended.wait()
+
+    def _end_input(self) -> None:
+        if self._fd < 0:
+            return
+        if self._halves:
+            try:
+                with socket.socket(fileno=os.dup(self._fd)) as streams:
+                    streams.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # it is over already
+        else:
+            self.close()
+
+    def _wake(self) -> None:
+        if self._fd >= 0:
+            trio.lowlevel.notify_closing(self._fd)
+
+    def close(self) -> None:
+        """Give the streams back."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)
+
+    def finish(self) -> None:
+        """The last step: everything is over."""
+        self.close()
+        self._end = self._end or "container was stopped"
+        self._ended.set()
+        self._output_over.set()
+        self._lines.close()
+        self._talk.close()
+
+
+async def _first(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+    await wait()
+    scope.cancel()
+
+
+async def _remove(engine: Engine, id: str, limit: float = REMOVE_WAIT) -> None:
+    """Remove a container, running or not, with its anonymous volumes. Raises StartFailed when that is not certain."""
+    until = trio.current_time() + limit
+    pause = 0.05
+    while True:
+        left = until - trio.current_time()
+        try:
+            await engine.ask("DELETE", f"/containers/{id}", query={"force": "1", "v": "1"}, limit=max(left, 0.5))
+            return
+        except EngineRefused as refused:
+            # 409: somebody else is removing it. 500: something of it is busy for a moment.
+            if refused.answer == 404:
+                return
+            if refused.answer not in (409, 500) or trio.current_time() + pause > until:
+                raise
+        await trio.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- creating
+async def _create(engine: Engine, spec: DockerSpec, plan: Plan, surroundings: Surroundings) -> str:
+    """The id of a new container. Pulls the image if need be. Raises StartFailed."""
+    progress = surroundings.progress
+    reference = parse_reference(plan.image)
+    fetch = partial(pull, engine, reference, spec.platform, surroundings.environ, progress)
+    if spec.pull == "always":
+        await fetch()
+    pulled = spec.pull != "missing"
+    until = trio.current_time() + NAME_WAIT
+    while True:
+        try:
+            return await _ask_for(engine, spec, plan, surroundings)
+        except EngineRefused as refused:
+            reason = refused.reason.lower()
+            if refused.answer == 404 and ("image" in reason or "platform" in reason or "manifest" in reason):
+                if spec.pull == "never":
+                    raise StartFailed(f"image {reference} is not on {engine.name}, and pull is never") from refused
+                if pulled:
+                    raise StartFailed(f"image {reference} can't be used: {refused.reason}") from refused
+                pulled = True
+                await fetch()
+            elif refused.answer in (409, 500) and plan.fixed and "in use" in reason:
+                await _free_name(engine, plan, surroundings, until)
+            else:
+                raise StartFailed(f"container can't be made: {refused.reason}") from refused
+
+
+async def _ask_for(engine: Engine, spec: DockerSpec, plan: Plan, surroundings: Surroundings) -> str:
+    """Create it. Not cancelled half-way: the engine would go on, and nobody would know of it."""
+    query = {"name": plan.name, **({"platform": spec.platform} if spec.platform else {})}
+    with trio.CancelScope(shield=True):
+        try:
+            answer = await engine.ask("POST", "/containers/create", query=query, body=plan.body, limit=CREATE_WAIT)
+        except EngineGone:
+            if not plan.fixed:
+                _left.setdefault(engine.where, set()).add(plan.name)
+            if surroundings.instance is not None:
+                surroundings.instance.leaves()
+            raise
+    for warning in answer.get("Warnings") or ():
+        log.info("Container of server '%s': %s", surroundings.server_id, plan.redact(str(warning)))
+    return str(answer["Id"])
+
+
+async def _free_name(engine: Engine, plan: Plan, surroundings: Surroundings, until: float) -> None:
+    """Make room for a fixed name: remove a dead gateway's container, wait for one of ours. Raises StartFailed."""
+    query = {"all": "1", "filters": f'{{"name":["^/?{plan.name}$"]}}'}
+    found = await engine.ask("GET", "/containers/json", query=query)
+    instance = surroundings.instance
+    for container in found or ():
+        labels = container.get("Labels") or {}
+        owner = labels.get(f"{LABEL}instance", "")
+        if owner and instance is not None and owner != instance.id and instance.dead(owner):
+            await _remove(engine, container["Id"])
+            continue
+        ours = owner and instance is not None and owner == instance.id
+        if not ours or trio.current_time() > until:
+            whose = f"server '{labels.get(f'{LABEL}server')}' of " if owner else ""
+            whose += "this gateway" if ours else "another gateway" if owner else "somebody else"
+            raise StartFailed(
+                f"container_name '{plan.name}' is taken by a container of {whose} ({container['Id'][:12]}); "
+                "remove that, or leave container_name out"
+            )
+        surroundings.progress(f"waiting for the other container named '{plan.name}' to end")
+        await trio.sleep(0.2)
+
+
+def _url(plan: Plan, engine: Engine, found: Mapping[str, Any]) -> str:
+    """Where the started container's server is. Raises StartFailed."""
+    settings = found.get("NetworkSettings") or {}
+    host = engine.address.host or "127.0.0.1"
+    port: Any = plan.port
+    if plan.network == "host":
+        pass
+    elif plan.network:
+        networks = settings.get("Networks") or {}
+        own: Mapping[str, Any] = networks.get(plan.network) or next(iter(networks.values()), {})
+        host = own.get("IPAddress") or settings.get("IPAddress") or ""
+        if not host:
+            raise StartFailed(f"container has no address on network '{plan.network}'")
+    else:
+        bindings = (settings.get("Ports") or {}).get(f"{plan.port}/tcp") or ()
+        port = next((each["HostPort"] for each in bindings if each.get("HostPort")), None)
+        if port is None:
+            raise StartFailed(f"port {plan.port} of the container was not published by {engine.name}")
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}{plan.path}"
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+_seen: Final[set[str]] = set()
+"""Engines that have worked for us: one that does not answer is likely to come back."""
+_left: Final[dict[str, set[str]]] = {}
+"""Containers, by id or name, that could not be removed from an engine: it may have been away."""
+
+
+def _patience(where: str) -> float:
+    return RETURN_WAIT if where in _seen else 0.0
+
+
+async def _remove_left(engine: Engine) -> None:
+    """Remove what an earlier stop could not. What resists stays for later."""
+    ids = _left.get(engine.where, set())
+    for id in list(ids):
+        with suppress(StartFailed):
+            await _remove(engine, id, 2.0)
+            ids.discard(id)
+
+
+@asynccontextmanager
+async def open_container(type: str, spec: DockerSpec, surroundings: Surroundings) -> AsyncIterator[Place]:
+    """Run a container while the block lasts.
+
+    Raises StartFailed with a sentence that names what is wrong. Cancelled or not, the block is left within 1 s +
+    ``stop_grace`` and what the engine takes, with the container removed; if that fails, it is told to
+    ``surroundings.instance``. Holds a nursery: use it by ``async with`` only. Errors of the block come out as they are.
+    """
+    async with AsyncExitStack() as stack:
+        with _redacting(surroundings.redact):
+            try:
+                spec.check()
+            except ValueError as error:
+                raise StartFailed(str(error)) from None
+            host = "" if spec.host is None else reveal(spec.host)
+            engine = await stack.enter_async_context(
+                find_engine(type, host, surroundings.environ, waiting=_patience)
+            )
+            _seen.add(engine.where)
+            plan = await make_plan(spec, surroundings, engine, limits_of(spec), sockets_of(surroundings.environ))
+            if surroundings.instance is not None:
+                surroundings.instance.uses(type, engine.where)
+            await _remove_left(engine)
+        manager = trio.open_nursery()
+        nursery = await manager.__aenter__()
+        scope = trio.CancelScope(shield=True)  # what watches serves the stop as well
+        container: Container | None = None
+        try:
+            with _redacting(plan.redact):
+                container = Container(engine, await _create(engine, spec, plan, surroundings), plan, surroundings)
+                place = await _begin(container, plan, engine, nursery, scope)
+            yield place
+        finally:
+            with trio.CancelScope(shield=True):
+                if container is not None:
+                    await _end(container, engine, surroundings)
+            scope.cancel()
+            nursery.cancel_scope.cancel()
+            # Not handed the block's error: it should come out as itself, not in the nursery's group.
+            await manager.__aexit__(None, None, None)
+            if container is not None:
+                container.finish()
+
+
+@contextmanager
+def _redacting(redact: Callable[[str], str]) -> Iterator[None]:
+    """What fails in the block is told without secrets."""
+    try:
+        yield
+    except StartFailed as error:
+        raise StartFailed(redact(error.message), retry_after=error.retry_after) from error
+
+
+async def _begin(
+    container: Container, plan: Plan, engine: Engine, nursery: trio.Nursery, scope: trio.CancelScope
+) -> Place:
+    """Attach to a created container, start it and watch it."""
+    wanted = ("stdout", "stderr") if plan.port is not None else ("stdin", "stdout", "stderr")
+    query = {"stream": "1", **dict.fromkeys(wanted, "1")}
+    container.take(await engine.hijack(f"/containers/{container.id}/attach", query, nursery))
+    await container.start()
+
+    async def learn() -> None:
+        with suppress(StartFailed):
+            await container.learn()
+
+    async def attend() -> None:
+        with scope:
+            async with trio.open_nursery() as tasks:
+                for work in (container.watch, container.listen, learn if plan.port is None else container.drain):
+                    tasks.start_soon(work)
+
+    nursery.start_soon(attend)
+    if plan.port is None:
+        return container
+    found = await container.learn()
+    try:
+        url = _url(plan, engine, found)
+    except StartFailed as error:
+        with trio.move_on_after(SETTLE):
+            raise StartFailed(await container.ended()) from error
+        raise
+    return Origin(
+        url,
+        allow_private=True,
+        details={**container.details, "url": url},
+        starting=True,
+        ended=container.ended,
+        measure=container.measure,
+        remark=container.remark,
+    )
+
+
+async def _end(container: Container, engine: Engine, surroundings: Surroundings) -> None:
+    """Stop and remove it. What can't be removed is remembered."""
+    await container.stop(surroundings.stop_grace)
+    try:
+        await _remove(engine, container.id)
+        # Its exit is known at once where the engine waits for it.
+        with trio.move_on_after(0.5):
+            await container.wait_exited()
+    except StartFailed as error:
+        _left.setdefault(engine.where, set()).add(container.id)
+        if surroundings.instance is not None:
+            surroundings.instance.leaves()
+        log.warning("Container %s of server '%s' is left: %s", container.id[:12], surroundings.server_id, error.message)
+
+
+async def sweep(type: str, where: str, instance: str, environ: Mapping[str, str]) -> None:
+    """Remove every container that the gateway of that instance id has made at an engine. See ``base.Runtime.sweep``."""
+    async with find_engine(type, where, environ) as engine:
+        query = {"all": "1", "filters": f'{{"label":["{LABEL}instance={instance}"]}}'}
+        for container in await engine.ask("GET", "/containers/json", query=query) or ():
+            log.info("Removing container %s, which a killed gateway has left", container["Id"][:12])
+            await _remove(engine, container["Id"])
