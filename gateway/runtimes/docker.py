@@ -4,7 +4,7 @@ A container gets what its entry says and nothing of the gateway's own environmen
 RB65): no new privileges, no capabilities, limits on memory, CPU and processes, an init process, and of this machine
 only the paths that ``_mounts`` lets through. Each relaxation is a key of its own, and ``check`` prints it.
 
-What runs a container is imported by the first one: see ``_container``.
+What runs a container is imported by the first one: see ``_docker``.
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ def _sockets(environ: Mapping[str, str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- running
 @asynccontextmanager
 async def _open(type: str, spec: DockerSpec, surroundings: Surroundings) -> AsyncIterator[Place]:
-    """A running container for as long as the block lasts; see ``_container.open_container``."""
-    from gateway.runtimes._container import open_container
+    """A running container for as long as the block lasts; see ``_docker.open_container``."""
+    from gateway.runtimes._docker import open_container
 
     async with open_container(type, spec, surroundings) as place:
         yield place
@@ -234,7 +234,7 @@ async def _open(type: str, spec: DockerSpec, surroundings: Surroundings) -> Asyn
 
 async def _sweep(type: str, where: str, instance: str, environ: Mapping[str, str]) -> None:
     """See ``base.Runtime.sweep``."""
-    from gateway.runtimes._container import sweep
+    from gateway.runtimes._docker import sweep
 
     await sweep(type, where, instance, environ)
 

@@ -9,12 +9,15 @@
 #     py/PART/bin/...                  one virtual environment for each Python program
 #     npm/PART/node_modules/...        one folder for each group of Node programs
 #     node24/node                      Node 24, to be put first in PATH for programs that need it (mcpc, conformance)
+#     engines/NAME                     container engines: docker and podman of this system, installed by apt as root, and
+#                                      newer, a later Docker that is only unpacked there
 # Needs Python 3.11 or newer with venv (PYTHON names another one), and npm with Node 20 or newer.
 set -euo pipefail
 
 cache=${MCP_TEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/open-mcp-gateway-tests}
 python=${PYTHON:-python3}
-mkdir -p "$cache/py" "$cache/npm"
+here=$(cd "$(dirname "$0")" && pwd)
+mkdir -p "$cache/py" "$cache/npm" "$cache/engines"
 
 # One installation at a time: a second caller waits and then finds everything there.
 if command -v flock >/dev/null; then
@@ -48,6 +51,28 @@ node() { # part, packages
   echo "$*" >"$folder/.installed"
 }
 
+# Container engines: the packages of this system (Debian), or those of a later release, unpacked.
+engine() { # part, packages
+  local folder=$cache/engines/$1
+  shift
+  if fresh "$folder" "$*"; then return; fi
+  mkdir -p "$folder"
+  local missing=() name
+  for name in "$@"; do dpkg -s "$name" >/dev/null 2>&1 || missing+=("$name"); done
+  if [ ${#missing[@]} -gt 0 ]; then
+    apt-get update -q
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
+  fi
+  echo "$*" >"$folder/.installed"
+}
+
+newer_engine() { # release
+  local folder=$cache/engines/newer
+  if fresh "$folder" "$1"; then return; fi
+  ENGINE_RELEASE=$1 "$here/engines/docker-engine" fetch "$folder"
+  echo "$1" >"$folder/.installed"
+}
+
 part() {
   case $1 in
     # servers
@@ -78,6 +103,10 @@ part() {
     conformance-next)
       part node24
       node conformance-next @modelcontextprotocol/conformance@0.2.0-alpha.12 ;;
+    # container engines; they need root to install and to run
+    docker) engine docker docker.io iptables curl iproute2 busybox-static ;;
+    newer) part docker && newer_engine sid ;;
+    podman) engine podman podman catatonit ;;
     *)
       echo "install.sh: no part named $1" >&2
       exit 2 ;;
@@ -86,7 +115,8 @@ part() {
 
 for name in "${@:-all}"; do
   if [ "$name" = all ]; then
-    for each in servers thinking sdk time git fetch fastmcp sdk1 client inspector mcpc conformance conformance-next; do
+    for each in servers thinking sdk time git fetch fastmcp sdk1 client inspector mcpc conformance conformance-next \
+      docker newer podman; do
       echo "installing $each"
       part "$each"
     done

@@ -1,0 +1,150 @@
+"""Real container engines for tests: private ones, each in a folder of its own, and what to ask them directly."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent / "real" / "engines"
+IMAGE = "mcp-fixtures:1"
+PODMAN_CONF = """\
+[engine]
+runtime="runc"
+cgroup_manager="cgroupfs"
+events_logger="file"
+compat_api_enforce_docker_hub=false
+[containers]
+default_ulimits=["nofile=1024:1024","nproc=1024:1024"]
+"""
+
+
+def _image_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("container_image", FOLDER / "image.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+image = _image_module()
+
+
+class Engine:
+    """A running engine with the tests' image. ``type`` is the catalog's; ``host`` its address."""
+
+    def __init__(self, type: str, host: str) -> None:
+        self.type = type
+        self.host = host
+        image.build(host)
+
+    def api(self, method: str, path: str, body: Any = None) -> Any:
+        """The decoded answer of a request that must succeed."""
+        status, data = image.api(self.host, method, path, body, timeout=60)
+        assert status < 400, (method, path, status, data)
+        return json.loads(data) if data.strip() else None
+
+    def containers(self, label: str = "open-mcp-gateway.instance") -> list[dict[str, Any]]:
+        """All that have a label, running or not."""
+        return list(self.api("GET", "/containers/json?all=1&filters=" + quote(json.dumps({"label": [label]}))))
+
+    def inspect(self, id: str) -> dict[str, Any]:
+        """The engine's word about a container."""
+        return dict(self.api("GET", f"/containers/{id}/json"))
+
+    def runtime(self, *args: str, **keys: Any) -> dict[str, Any]:
+        """An entry's ``runtime`` for a fixture in a container here."""
+        return {"type": self.type, "image": IMAGE, "args": list(args), "host": self.host, "pull": "never", **keys}
+
+    def entry(self, id: str, *args: str, runtime: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        """A catalog entry for a fixture in a container here; by default the echo server."""
+        return {"id": id, "runtime": self.runtime(*args, **(runtime or {})), **more}
+
+
+class DockerEngine(Engine):
+    """dockerd of its own, in a folder of its own under a short path. ``bin`` is the folder of another release."""
+
+    def __init__(self, bin: Path | None = None, **settings: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="eng.", dir="/tmp"))
+        self.variables = {**os.environ, **settings, **({"ENGINE_BIN": str(bin)} if bin else {})}
+        self.start()
+        super().__init__("docker", f"unix://{self.folder}/docker.sock")
+
+    def run(self, verb: str) -> None:
+        """The script beside this, which ends exactly what it has started."""
+        command = [str(FOLDER / "docker-engine"), verb, str(self.folder)]
+        done = subprocess.run(command, env=self.variables, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        self.run("start")
+
+    def stop(self) -> None:
+        """Stop it as an administrator does: it stops its containers first."""
+        self.run("stop")
+
+    def kill(self) -> None:
+        """End it without a word."""
+        os.kill(int((self.folder / "dockerd.pid").read_text()), signal.SIGKILL)
+
+    def close(self) -> None:
+        """Remove all of it."""
+        self.run("purge")
+
+
+class PodmanEngine(Engine):
+    """``podman system service`` of its own."""
+
+    def __init__(self) -> None:
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="pod.", dir="/tmp"))
+        (folder / "containers.conf").write_text(PODMAN_CONF)
+        self.socket = folder / "p.sock"
+        command = ["podman", "--root", f"{folder}/r", "--runroot", f"{folder}/rr", "system", "service", "-t", "0"]
+        self.process = subprocess.Popen(
+            [*command, f"unix://{self.socket}"],
+            env={**os.environ, "CONTAINERS_CONF": str(folder / "containers.conf")},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        until = time.monotonic() + 60
+        while not self.socket.exists():
+            assert self.process.poll() is None and time.monotonic() < until, "podman did not start"
+            time.sleep(0.05)
+        super().__init__("podman", f"unix://{self.socket}")
+
+    def close(self) -> None:
+        """End it and remove all of it."""
+        for container in self.api("GET", "/containers/json?all=1"):
+            self.api("DELETE", f"/containers/{container['Id']}?force=1&v=1")
+        self.process.terminate()
+        self.process.wait(30)
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in sorted((m for m in mounts if m.startswith(f"{self.folder}/")), reverse=True):
+            subprocess.run(["umount", "-l", mount], check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_engine(name: str, part: Callable[[str], Path]) -> DockerEngine | PodmanEngine:
+    """An engine by the name of its release; skips, or fails, where it is not installed (see tests/conftest.py)."""
+    part("engines/docker")
+    if os.getuid() != 0:
+        pytest.skip("an engine of one's own needs root")
+    if name == "podman":
+        part("engines/podman")
+        return PodmanEngine()
+    return DockerEngine(None if name == "20.10" else part(f"engines/{name}") / "bin")
