@@ -36,6 +36,8 @@ REMOVE_WAIT: Final = 10.0
 """Seconds for a removal, with its retries. What is left then is for a later gateway."""
 RETURN_WAIT: Final = 10.0
 """Seconds for which a start waits for an engine that was there before."""
+SWEEP_WAIT: Final = 5.0
+"""Seconds for which it waits for one of another gateway's, which may just be swept."""
 NAME_WAIT: Final = 30.0
 """Seconds for which a start waits for a fixed name that another container of ours still has."""
 EXIT_WAIT: Final = 0.5
@@ -118,7 +120,7 @@ async def _free_name(engine: Engine, plan: Plan, surroundings: Surroundings, unt
             await _remove(engine, container["Id"])
             continue
         ours = owner and instance is not None and owner == instance.id
-        if not ours or trio.current_time() > until:
+        if not owner or trio.current_time() > until - (0 if ours else NAME_WAIT - SWEEP_WAIT):
             whose = f"server '{labels.get(f'{LABEL}server')}' of " if owner else ""
             whose += "this gateway" if ours else "another gateway" if owner else "somebody else"
             raise StartFailed(

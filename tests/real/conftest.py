@@ -24,6 +24,7 @@ def engine_named(real_part: Callable[[str], Path]) -> Iterator[Callable[[str], E
         found: Engine = running[name]
         return found
 
+    get.running = running  # type: ignore[attr-defined]
     try:
         yield get
     finally:
