@@ -45,10 +45,11 @@ image = _image_module()
 class Engine:
     """A running engine with the tests' image. ``type`` is the catalog's; ``host`` its address."""
 
-    def __init__(self, type: str, host: str) -> None:
+    def __init__(self, type: str, host: str, *, build: bool = True) -> None:
         self.type = type
         self.host = host
-        image.build(host)
+        if build:
+            image.build(host)
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
         """The decoded answer of a request that must succeed."""
@@ -76,11 +77,16 @@ class Engine:
 class DockerEngine(Engine):
     """dockerd of its own, in a folder of its own under a short path. ``bin`` is the folder of another release."""
 
-    def __init__(self, bin: Path | None = None, **settings: str) -> None:
+    def __init__(self, bin: Path | None = None, *, disk: str = "", build: bool = True, **settings: str) -> None:
+        """``disk``: its storage is of this size ("64m") and in memory."""
         self.folder = Path(tempfile.mkdtemp(prefix="eng.", dir="/tmp"))
         self.variables = {**os.environ, **settings, **({"ENGINE_BIN": str(bin)} if bin else {})}
+        if disk:
+            (self.folder / "data").mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={disk}", "tmpfs", str(self.folder / "data")]
+            subprocess.run(command, check=True)
         self.start()
-        super().__init__("docker", f"unix://{self.folder}/docker.sock")
+        super().__init__("docker", f"unix://{self.folder}/docker.sock", build=build)
 
     def run(self, verb: str) -> None:
         """The script beside this, which ends exactly what it has started."""
@@ -119,6 +125,7 @@ class PodmanEngine(Engine):
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            cwd=folder,  # conmon leaves files there
             start_new_session=True,
         )
         until = time.monotonic() + 60

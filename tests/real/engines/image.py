@@ -117,7 +117,14 @@ def fill(root):
     subprocess.run([*command, root + LIBRARY], env=variables)
 
 
-def load(host, root, digest):
+def cache():
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    folder = pathlib.Path(os.environ.get("MCP_TEST_CACHE") or home / "open-mcp-gateway-tests") / "engines"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def load(host, digest):
     changes = ['ENTRYPOINT ["/usr/bin/python3", "-s"]', 'CMD ["/app/echo_server.py"]', "WORKDIR /app", "USER mcp"]
     changes += ["ENV PATH=/usr/bin:/bin", "ENV PYTHONDONTWRITEBYTECODE=1", f"LABEL mcp.inputs={digest}"]
     # The tag goes into repo: podman ignores the separate parameter.
@@ -128,10 +135,19 @@ def load(host, root, digest):
         info.uname = info.gname = ""
         return info
 
-    with tempfile.TemporaryFile() as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            tar.add(root, ".", filter=own)
-        file.seek(0)
+    archive = cache() / f"fixtures-{digest}.tar"
+    if not archive.exists():
+        with tempfile.TemporaryDirectory(prefix="mcp-image.") as folder:
+            root = os.path.join(folder, "root")
+            os.mkdir(root, 0o755)
+            fill(root)
+            new = archive.with_suffix(f".{os.getpid()}")
+            with tarfile.open(new, mode="w", format=tarfile.GNU_FORMAT) as tar:
+                tar.add(root, ".", filter=own)
+            for old in cache().glob("fixtures-*.tar"):
+                old.unlink()
+            new.rename(archive)
+    with open(archive, "rb") as file:
         headers = {"Content-Type": "application/x-tar", "Transfer-Encoding": "chunked"}
         status, body = api(host, "POST", "/images/create?" + query, file, headers)
     if status != 200 or b'"error"' in body:
@@ -147,11 +163,7 @@ def build(host):
     status, body = api(host, "GET", f"/images/{TAG}/json")
     if status == 200 and (json.loads(body)["Config"].get("Labels") or {}).get("mcp.inputs") == digest:
         return
-    with tempfile.TemporaryDirectory(prefix="mcp-image.") as folder:
-        root = os.path.join(folder, "root")
-        os.mkdir(root, 0o755)
-        fill(root)
-        load(host, root, digest)
+    load(host, digest)
 
 
 if __name__ == "__main__":
