@@ -23,7 +23,9 @@ while read -r line; do
   id=$(echo "$line" | sed -n 's/.*"id": *\([0-9]*\).*/\1/p')
   [ -n "$id" ] || continue
   case "$line" in
-    *'"initialize"'*) result='{"protocolVersion":"2025-06-18","capabilities":{"tools":{}},"serverInfo":{"name":"sh","version":"1"}}' ;;
+    *'"initialize"'*)
+      info='{"name":"sh","version":"1"}'
+      result='{"protocolVersion":"2025-06-18","capabilities":{"tools":{}},"serverInfo":'$info'}' ;;
     *'"tools/list"'*) result='{"tools":[{"name":"hello","inputSchema":{"type":"object"}}]}' ;;
     *'"tools/call"'*) result='{"content":[{"type":"text","text":"hello from a pulled image"}]}' ;;
     *) echo "{\"jsonrpc\":\"2.0\",\"id\":$id,\"error\":{\"code\":-32601,\"message\":\"Method not found\"}}"; continue ;;
@@ -77,7 +79,8 @@ class Registry:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = handler.path.partition("?")[0]
         self.asked.append(path)
-        status, kind, data = 404, "application/json", b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}'
+        data = b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}'
+        status, kind = 404, "application/json"
         wanted = "Basic " + base64.b64encode(f"ada:{self.password}".encode()).decode()
         if self.password and handler.headers.get("Authorization") != wanted:
             status, data = 401, b'{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}'

@@ -114,7 +114,7 @@ class _Ending:
     def __init__(self, engine: Engine, memory: int) -> None:
         self._engine = engine
         self._memory = memory
-        self.paused = False
+        self.paused: bool | None = None  # not known yet
         self.out_of_memory = False
         self.killed = ""
         self.removed = trio.Event()
@@ -313,7 +313,8 @@ class Container:
         found = await self.inspect(10)
         config, state = found.get("Config") or {}, found.get("State") or {}
         self._stop_signal = str(config.get("StopSignal") or "SIGTERM")
-        self._ending.paused = bool(state.get("Paused"))
+        if self._ending.paused is None:  # an event knows better
+            self._ending.paused = bool(state.get("Paused"))
         self._details["image_id"] = found.get("Image", "")
         with suppress(StartFailed):
             image = await self._engine.ask("GET", f"/images/{found.get('Image')}/json", limit=10)

@@ -19,12 +19,12 @@ import trio
 from gateway.config.model import reveal
 from gateway.errors import StartFailed
 from gateway.runtimes._container import SETTLE, Container
+from gateway.runtimes._docker_spec import LABEL, DockerSpec, limits_of
 from gateway.runtimes._engine import Engine, EngineGone, EngineRefused, find_engine, sockets_of
 from gateway.runtimes._images import pull
 from gateway.runtimes._plan import Plan, make_plan
 from gateway.runtimes._reference import parse_reference
 from gateway.runtimes.base import Origin, Place, Surroundings
-from gateway.runtimes.docker import LABEL, DockerSpec, limits_of
 
 __all__ = ["open_container", "sweep"]
 
@@ -44,9 +44,9 @@ EXIT_WAIT: Final = 0.5
 """Seconds after the removal for the engine to tell its end to whoever waits for that."""
 
 
-async def _remove(engine: Engine, id: str, limit: float = REMOVE_WAIT) -> None:
+async def _remove(engine: Engine, id: str, limit: float | None = None) -> None:
     """Remove a container, running or not, with its anonymous volumes. Raises StartFailed when that is not certain."""
-    until = trio.current_time() + limit
+    until = trio.current_time() + (REMOVE_WAIT if limit is None else limit)
     pause = 0.05
     while True:
         left = until - trio.current_time()
@@ -188,9 +188,7 @@ async def open_container(type: str, spec: DockerSpec, surroundings: Surroundings
             except ValueError as error:
                 raise StartFailed(str(error)) from None
             host = "" if spec.host is None else reveal(spec.host)
-            engine = await stack.enter_async_context(
-                find_engine(type, host, surroundings.environ, waiting=_patience)
-            )
+            engine = await stack.enter_async_context(find_engine(type, host, surroundings.environ, waiting=_patience))
             _seen.add(engine.where)
             plan = await make_plan(spec, surroundings, engine, limits_of(spec), sockets_of(surroundings.environ))
             if surroundings.instance is not None:

@@ -90,10 +90,16 @@ def parse_mount(text: str) -> Mount:
 
 
 def resolved(source: str, folder: Path, home: str) -> str:
-    """The real path that a mount's source means. Relative ones are relative to ``folder``, the catalog's."""
+    """The real path that a mount's source means. Relative ones are relative to ``folder``, the catalog's.
+
+    Raises ValueError where the gateway may not see where a link leads: an engine may.
+    """
     if source == "~" or source.startswith("~/"):
         source = home + source[1:]
-    return os.path.realpath(os.path.join(folder, source))
+    try:
+        return os.path.realpath(os.path.join(folder, source))
+    except OSError as error:
+        raise ValueError(f"{source} can't be looked at: {(error.strerror or str(error)).lower()}") from None
 
 
 def refusal(path: str, allowed: Sequence[str] | None, sockets: Iterable[str], environ: Mapping[str, str]) -> str:
@@ -103,7 +109,7 @@ def refusal(path: str, allowed: Sequence[str] | None, sockets: Iterable[str], en
     """
     home = environ.get("HOME", "")
     if allowed is not None:
-        if any(_within(path, resolved(each, Path("/"), home)) for each in allowed):
+        if any(_within(path, _real(each, home)) for each in allowed):
             return ""
         return "docker.allowed_paths names neither it nor a folder above it"
     for place, what in _forbidden(sockets, home):
@@ -123,21 +129,29 @@ def refusal(path: str, allowed: Sequence[str] | None, sockets: Iterable[str], en
     return ""
 
 
+def _real(path: str, home: str = "") -> str:
+    """A path that is compared with: as it is written where it can't be resolved."""
+    try:
+        return resolved(path, Path("/"), home)
+    except ValueError:
+        return path
+
+
 def _forbidden(sockets: Iterable[str], home: str) -> Iterable[tuple[str, str]]:
     for tree in TREES:
         yield tree, "the machine's own"
-        yield os.path.realpath(tree), "the machine's own"
+        yield _real(tree), "the machine's own"
     for folder in ENGINES:
         yield folder, "a container engine's storage"
     for socket in (*SOCKETS, *sockets):
-        yield os.path.realpath(socket), "a door to the machine"
+        yield _real(socket), "a door to the machine"
     for each in _homes(home):
         for key in KEYS:
             yield os.path.join(each, key), "a home's place for keys"
 
 
 def _homes(home: str) -> list[str]:
-    found = [os.path.realpath(home)] if home.startswith("/") else []
+    found = [_real(home)] if home.startswith("/") else []
     for parent in ("/home", "/Users"):
         try:
             found += [os.path.join(parent, name) for name in os.listdir(parent)[:1000]]

@@ -19,11 +19,11 @@ import trio
 
 from gateway.config.model import Redactor, Secret, reveal
 from gateway.errors import StartFailed
+from gateway.runtimes._docker_spec import LABEL, DockerSpec
 from gateway.runtimes._engine import Engine, EngineRefused
 from gateway.runtimes._mounts import Mount, device_of, parse_mount, refusal, resolved
 from gateway.runtimes._quantities import memory_bytes, nano_cpus
 from gateway.runtimes.base import Surroundings
-from gateway.runtimes.docker import LABEL, DockerSpec
 
 __all__ = ["Plan", "container_body", "make_plan", "parse_env_file"]
 
@@ -92,7 +92,10 @@ def _read_env_file(spec: DockerSpec, surroundings: Surroundings) -> dict[str, st
 # -------------------------------------------------------------------------------------------------------------- mounts
 def _check_path(mount: Mount, surroundings: Surroundings, engine: Engine, sockets: Sequence[str]) -> str:
     """The real path of a mount. Blocking: looks at the disk. Raises StartFailed when it must not be mounted."""
-    path = resolved(mount.source, surroundings.catalog_dir, surroundings.environ.get("HOME", ""))
+    try:
+        path = resolved(mount.source, surroundings.catalog_dir, surroundings.environ.get("HOME", ""))
+    except ValueError as error:
+        raise StartFailed(f"volumes: {error}") from None
     known = [*sockets, *filter(None, [engine.address.path])]
     reason = refusal(path, surroundings.allowed_paths, known, surroundings.environ)
     if reason:
@@ -116,7 +119,10 @@ async def _check_volume(mount: Mount, surroundings: Surroundings, engine: Engine
     if device is None:
         raise StartFailed(f"volumes: volume '{mount.source}' has a driver or options that may mean any place")
     if device:
-        place = resolved(device, surroundings.catalog_dir, "")
+        try:
+            place = resolved(device, surroundings.catalog_dir, "")
+        except ValueError as error:
+            raise StartFailed(f"volumes: volume '{mount.source}': {error}") from None
         reason = refusal(place, surroundings.allowed_paths, sockets, surroundings.environ)
         if reason:
             raise StartFailed(f"volumes: volume '{mount.source}' is {device}, which must not be mounted: {reason}")

@@ -142,7 +142,7 @@ def test_D4_RB60_an_engine_that_goes_away_and_comes_back(
         else:
             stopping = pool.submit(engine.stop)
         text = call.told(begin)
-        assert "went away" in text or how == "stop" and "container exited with code 143 (SIGTERM)" in text, text
+        assert "went away" in text or (how == "stop" and "container exited with code 143 (SIGTERM)" in text), text
         assert gateway.call("here", "echo", {"text": "y"}) == "y"
         if how == "stop":
             stopping.result(SLOW)
@@ -239,9 +239,7 @@ def test_K17_registry_credentials(docker: Engine, registry: Registry, tmp_path: 
     docker.api("DELETE", f"/images/{image}?force=1")
 
 
-def test_D4_RB61_no_space_for_a_pull(
-    engine_named: Callable[[str], Engine], registry: Registry, tmp_path: Path
-) -> None:
+def test_D4_RB61_no_space_for_a_pull(engine_named: Callable[[str], Engine], registry: Registry, tmp_path: Path) -> None:
     engine_named("20.10")  # skips where there is none
     engine = DockerEngine(disk="24m", build=False)
     try:

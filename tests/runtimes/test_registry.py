@@ -29,10 +29,10 @@ servers:
   - id: box
     runtime:
       {type: docker, image: "acme/box:1", command: serve, args: [-v], entrypoint: /init, env: {A: 1}, env_file: e.env,
-       volumes: ["/d:/d:ro"], network: n1, user: 1000, working_dir: /w, container_name: c,
+       volumes: ["/d:/d:ro"], network: n1, user: 1000, working_dir: /w, container_name: c1, init: false,
        resources: {limits: {cpu: 0.5, memory: 512Mi, pids: 64}, requests: {cpu: 250m}},
        read_only: true, tmpfs: [/tmp], cap_add: [NET_RAW], pull: always, platform: linux/amd64, labels: {a: b},
-       port: 8080, path: /mcp}
+       port: 8080, path: /mcp, host: "unix:///run/x.sock"}
   - id: pod
     runtime: {type: podman, image: "acme/box:1"}
   - id: job
@@ -109,12 +109,7 @@ def test_K4_every_type_has_its_names() -> None:
     ]
     runtimes = by_type(RUNTIMES)
     assert runtimes["remote-http"] is runtimes["remote-sse"]
-    assert {name for name, runtime in runtimes.items() if runtime.open is None} == {
-        "docker",
-        "podman",
-        "k8s-job",
-        "k8s-service",
-    }
+    assert {name for name, runtime in runtimes.items() if runtime.open is None} == {"k8s-job", "k8s-service"}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +123,10 @@ def test_K4_every_type_has_its_names() -> None:
         ("{type: docker}", 1, "missing required field: image"),
         ("{type: docker, image: x, pull: sometimes}", 1, "expected missing, always or never"),
         ("{type: docker, image: x, port: 70000}", 1, "port must be between"),
+        ("{type: docker, image: x, network: none, port: 80}", 1, "port needs a network"),
+        ("{type: docker, image: x, volumes: [/a]}", 1, "'/a' is not host:container"),
+        ("{type: docker, image: x, resources: {limits: {memory: 512m}}}", 1, "did you mean Mi instead of m"),
+        ("{type: docker, image: x, resources: {limits: {cpu: lots}}}", 1, "'lots' is no quantity"),
         ("{type: k8s-job, namespace: m}", 1, "missing required field: image"),
         ("{type: k8s-job, namespace: m, image: x, pod_overrides: [a]}", 1, "pod_overrides must be a map"),
         ("{type: k8s-job, namespace: m, image: x, volumes: [{mount_path: /x}]}", 1, "exactly one of config_map"),

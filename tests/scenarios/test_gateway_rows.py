@@ -73,7 +73,8 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
     missing = {"type": "local-process", "command": "no-such-command-anywhere"}
     servers.append({"id": "missing", "runtime": missing})
     servers.append({"id": "unset", "runtime": missing, "env": {"A": "${ROW_UNSET_VARIABLE}"}})
-    servers.append({"id": "box", "runtime": {"type": "docker", "image": "acme/box:1"}})
+    no_engine = {"type": "docker", "image": "acme/box:1", "host": f"unix://{folder}/none.sock"}
+    servers.append({"id": "box", "runtime": no_engine})
     with RunningGateway(folder, servers, env={"ROW_SECRET": SECRET}) as running:
         yield running
 
@@ -133,7 +134,7 @@ def test_RB05_a_silent_handshake_fails_at_its_limit(gateway: RunningGateway) -> 
     [
         ("missing", "no-such-command-anywhere"),
         ("unset", "ROW_UNSET_VARIABLE"),
-        ("box", "not available in this build"),
+        ("box", "none.sock (no such file or directory) can't be reached"),
     ],
 )
 def test_RB08_G16_K28_what_is_wrong_is_named_at_once(gateway: RunningGateway, server_id: str, what: str) -> None:

@@ -29,7 +29,23 @@ HERE = pathlib.Path(__file__).resolve()
 FIXTURES = HERE.parents[2] / "fixtures"
 SKIP = {"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "pydoc_data"}
 SKIP |= {"site-packages", "dist-packages", "config", "__pycache__"}
-APPLETS = ["sh", "cat", "ls", "sleep", "env", "echo", "kill", "ps", "wget", "true", "false", "id", "mkdir", "dd", "touch"]
+APPLETS = [
+    "sh",
+    "cat",
+    "ls",
+    "sleep",
+    "env",
+    "echo",
+    "kill",
+    "ps",
+    "wget",
+    "true",
+    "false",
+    "id",
+    "mkdir",
+    "dd",
+    "touch",
+]
 PYTHON = os.path.realpath(os.path.join(sys.base_prefix, "bin", f"python3.{sys.version_info[1]}"))
 LIBRARY = sysconfig.get_path("stdlib", vars={"base": sys.base_prefix, "installed_base": sys.base_prefix})
 ANYWHERE = """\
