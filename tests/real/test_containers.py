@@ -83,8 +83,11 @@ def test_K17_D1_a_server_in_a_container_answers_and_is_seen(engine: Engine, tmp_
         wait_until(lambda: not of_server(engine, "box"), SLOW)
 
 
-@pytest.mark.parametrize("era", ["legacy", "modern"])
-def test_K17_D1_a_server_over_http_in_a_container(engine: Engine, era: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "era"), [("20.10", "legacy"), ("newer", "modern"), ("podman", "modern")])
+def test_K17_D1_a_server_over_http_in_a_container(
+    name: str, era: str, engine_named: Callable[[str], Engine], tmp_path: Path
+) -> None:
+    engine = engine_named(name)
     args = ("/app/anywhere.py", "/app/peer_server.py", "--era", era, "--http", "8080")
     with RunningGateway(tmp_path, [engine.entry("web", *args, runtime={"port": 8080})]) as gateway:
         tools = gateway.rest("web", "tools/list")["result"]["tools"]

@@ -1,7 +1,7 @@
-"""Row D1: the eras' fixtures in containers, over stdio and over HTTP: rows of the bridging matrix, and official clients.
+"""Row D1: the fixtures of the eras in containers, over stdio and HTTP: rows of the bridging matrix, official clients.
 
 The tests are those of tests/scenarios/test_bridge.py, their servers being in containers. By default a part of them runs
-on one engine; MCP_TEST_MATRIX=whole runs all, MCP_TEST_ENGINES=20.10,newer,podman on each of these.
+on one engine; MCP_TEST_MATRIX=whole runs all and the official suite, MCP_TEST_ENGINES=20.10,newer,podman on these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from engines import Engine
 from peers import House, Record
+from running import RunningGateway
 
+from tests.real import test_conformance as conformance
 from tests.scenarios import test_bridge as bridge
 
 pytestmark = pytest.mark.real
@@ -82,3 +84,34 @@ def test_D1_bridge(row: str, cell: str, houses: tuple[House, House]) -> None:
         ROWS[row](made)
     finally:
         made.close()
+
+
+SUITES = [("legacy-stdio", "2025-11-25"), ("modern-http", "2026-07-28")] if WHOLE else []
+"""Minutes: every scenario has containers of its own, and each imports the SDK."""
+
+
+@pytest.mark.skipif(not WHOLE, reason="takes minutes: MCP_TEST_MATRIX=whole runs it")
+@pytest.mark.parametrize(("cell", "suite"), SUITES)
+def test_D1_the_official_suite(
+    cell: str, suite: str, engine_named: Callable[[str], Engine], real_part: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The fixture server on the official SDK, in a container that has the SDK mounted."""
+    engine = engine_named(ENGINES[0])
+    era, transport = cell.split("-")
+    (packages,) = (real_part("py/sdk") / "lib").glob("python3*/site-packages")
+    program = ("/app/anywhere.py", "/app/era_server.py", "--era", era)
+    runtime: dict[str, Any] = {"volumes": [f"{packages}:/sdk:ro"], "env": {"PYTHONPATH": "/sdk"}}
+    if transport == "http":
+        program = (*program, "--http", "8080")
+        runtime["port"] = 8080
+    entry = engine.entry("era", *program, runtime=runtime, isolation="session", prefix="")
+    with conformance.EraServer(era, real_part) as server:
+        expected = conformance.run_suite(suite, server.url, tmp_path / "direct", real_part)
+    with RunningGateway(tmp_path, [entry], config={"docker": {"allowed_paths": [str(packages)]}}) as gateway:
+        conformance.warm_up(gateway)
+        url = f"http://127.0.0.1:{gateway.port}/servers/era/mcp"
+        outcome = conformance.run_suite(suite, url, tmp_path / "through", real_part)
+    key = ("server", suite)
+    conformance.check_cell("server", suite, {suite: expected}, (cell, {key: outcome}))
+    assert sum(check["status"] == "SUCCESS" for checks in expected.scenarios.values() for check in checks) > 50
+    assert not engine.containers("open-mcp-gateway.server=era")

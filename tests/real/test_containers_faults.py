@@ -75,7 +75,7 @@ def own_engine(engine_named: Callable[[str], Engine]) -> Iterator[DockerEngine]:
         engine.close()
 
 
-@pytest.mark.parametrize("name", ["20.10", "newer", "podman"])
+@pytest.mark.parametrize("name", ["20.10", "podman"])
 def test_D4_RB60_a_container_that_is_killed_removed_or_paused(
     name: str, engine_named: Callable[[str], Engine], tmp_path: Path, pool: concurrent.futures.Executor
 ) -> None:

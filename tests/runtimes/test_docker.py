@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from gateway.runtimes._quantities import memory_bytes, nano_cpus, shown_bytes
 from gateway.runtimes._reference import parse_reference
 from gateway.runtimes.base import Surroundings
 from gateway.runtimes.docker import RUNTIME, Amounts, DockerSpec, Resources
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ----------------------------------------------------------------------------------------------------------- the stream
@@ -581,3 +585,21 @@ async def test_K17_a_credential_helper_that_hangs_is_given_up(tmp_path: Path, mo
     with trio.fail_after(20):
         found = await credentials(parse_reference("a/b"), podman=False, environ=environ)
     assert "no answer within 0.3 s" in found.remark
+
+
+# --------------------------------------------------------------------------------------------------------------- check
+def test_RB65_K19_check_prints_notes(tmp_path: Path) -> None:
+    runtime = {"type": "docker", "image": "acme/box:1", "volumes": ["/etc:/e", "./d:/d"], "network": "host"}
+    (tmp_path / "catalog.yaml").write_text(json.dumps({"servers": [{"id": "box", "runtime": runtime}]}))
+    command = [sys.executable, str(ROOT / "gateway"), "check", "--catalog", str(tmp_path / "catalog.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0 and "OK: 1 servers" in done.stdout
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: server 'box': ")]
+    assert len(notes) == 3, done.stderr
+    assert "/etc:/e is refused, and it will not start: that is the machine's own (/etc)" in notes[0]
+    (tmp_path / "config.yaml").write_text(json.dumps({"docker": {"allowed_paths": ["/etc"]}}))
+    done = subprocess.run(
+        [*command, "--config", "config.yaml"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert "/etc:/e can be written to by the server" in done.stderr
+    assert "./d:/d is refused, and it will not start: docker.allowed_paths names neither" in done.stderr

@@ -88,6 +88,25 @@ async def test_without_a_folder_it_is_said_once(tmp_path: Path, where: str, capl
     await instances.aclose()
 
 
+async def test_RB62_only_a_gateway_of_this_folder_that_has_ended_is_dead(tmp_path: Path) -> None:
+    living, asking = Instances(tmp_path), Instances(tmp_path)
+    living.uses("docker", "unix:///d.sock")
+    assert not asking.dead(living.id)
+    living.leaves()
+    await living.aclose()
+    assert asking.dead(living.id), "it has left something"
+    with asking.taken(living.id) as left:
+        assert left == (living.id, (("docker", "unix:///d.sock"),))
+        assert not asking.dead(living.id), "it is being swept"
+    assert not asking.dead(living.id), "and then forgotten"
+
+
+@pytest.mark.parametrize("id", ["", "../../etc/passwd", "f" * 32, "x" * 32, "F" * 32])
+def test_RB62_what_is_no_instance_of_this_folder_is_not_dead(id: str, tmp_path: Path) -> None:
+    assert not Instances(tmp_path).dead(id)
+    assert not Instances(None).dead(id)
+
+
 # ------------------------------------------------------------------------------------------------------------ the sweep
 Sweep = Callable[[str, str, Mapping[str, str]], Awaitable[None]]
 

@@ -126,7 +126,8 @@ def fill(root):
     for library in ldd([PYTHON, *map(str, pathlib.Path(root).rglob("*.so"))]):
         if not library.startswith(str(root)):
             copy(root, library)
-    for library in ("libgcc_s.so.1", "libstdc++.so.6"):  # for what is mounted: compiled modules of the SDK
+    # For what is mounted: compiled modules of the SDK.
+    for library in ("libgcc_s.so.1", "libstdc++.so.6", "librt.so.1", "libdl.so.2", "libpthread.so.0", "libutil.so.1"):
         for folder in pathlib.Path("/usr/lib").glob("*-linux-gnu*"):
             if (folder / library).exists():
                 copy(root, str(folder / library))
