@@ -49,6 +49,8 @@ MAX_FRAME: Final = 64 * 1024 * 1024
 """Bytes of one message. Kubernetes sends some 32 KiB at a time."""
 MAX_HEAD: Final = 64 * 1024
 """Bytes of the answer to the upgrade."""
+PING_AFTER: Final = 25.0
+"""Seconds between two pings: load balancers cut what is silent for a minute or more."""
 READ_SIZE: Final = 64 * 1024
 RECORD: Final = 16 * 1024
 """Bytes of a full TLS record: a bigger read gets no more, and its buffer costs."""
@@ -131,7 +133,7 @@ class Broken(Exception):
 
 
 class Socket:
-    """An upgraded connection. One task may be in ``receive``, one in ``wait_writable``, one in ``flush_always``."""
+    """An upgraded connection. One task may be in ``receive``, one in ``wait_writable``; one is in ``flush_always``."""
 
     def __init__(self, sock: socket.socket, protocol: str, early: bytes) -> None:
         self.protocol = protocol
@@ -141,6 +143,7 @@ class Socket:
         self._early = early
         self._out = bytearray()
         self._stuck = trio.Event()
+        self._room = trio.Event()
         self.over = ""  # why it is over
 
     def __repr__(self) -> str:
@@ -175,26 +178,30 @@ class Socket:
         return True
 
     async def flush_always(self) -> None:
-        """Write what waits whenever there is room, until the connection is over. The owner runs it as a task."""
+        """Write what waits whenever there is room, until the connection is over. The owner runs it as a task.
+
+        Where nothing waits for long it sends a ping, so that nobody between takes an idle connection for a dead one.
+        """
         while not self.over:
-            await self._stuck.wait()
+            with trio.move_on_after(PING_AFTER) as idle:
+                await self._stuck.wait()
             self._stuck = trio.Event()
             try:
+                if idle.cancelled_caught and not self.full:
+                    self.send_nowait(PING)
                 while self.full:
                     await trio.lowlevel.wait_writable(self._sock)
             except (Broken, trio.ClosedResourceError):
                 return
+            self._room.set()
 
     async def wait_writable(self) -> None:
         """Return when ``full`` may be false. Raises Broken when it is over."""
         await trio.lowlevel.checkpoint()
         while self.full:
-            try:
-                await trio.lowlevel.wait_writable(self._sock)
-            except trio.ClosedResourceError:
-                break
-            except trio.BusyResourceError:  # the flushing task waits there already
-                await trio.sleep(0.005)
+            self._room = trio.Event()
+            self._stuck.set()
+            await self._room.wait()
         if self.over:
             raise Broken(self.over)
 
@@ -259,6 +266,7 @@ class Socket:
             self.over = reason
             trio.lowlevel.notify_closing(self._sock)
             self._stuck.set()
+            self._room.set()
 
     def close(self) -> None:
         """Give the connection up at once, with a close frame where that goes without waiting."""

@@ -1,16 +1,23 @@
-"""Servers as Kubernetes Jobs of one pod: the YAML schema (compat K24-K26). This build does not run them yet."""
+"""Servers as Kubernetes Jobs of one pod (compat K24-K26): the YAML schema, and what ``check`` says of an entry.
+
+Each start makes a Job of its own and each stop removes it. How the pod looks is ``_k8s_manifest``; what runs it,
+``_k8s_pod``, is imported by the first start.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final, Literal
 
 import attrs
 
-from gateway.config.model import StringMap, Text
-from gateway.runtimes.base import Runtime
+from gateway.config.model import Secret, StringMap, Text
+from gateway.errors import StartFailed
+from gateway.runtimes.base import Pipe, Runtime, Surroundings
 
-__all__ = ["RUNTIME", "EnvFrom", "K8sJobSpec", "Quantities", "Resources", "Toleration", "Tree", "Volume"]
+__all__ = ["RUNTIME", "EnvFrom", "K8sJobSpec", "Quantities", "Resources", "Toleration", "Tree", "Volume", "open_job"]
 
 _NO_STRINGS: Final = StringMap()
 
@@ -114,18 +121,34 @@ def _thaw(value: Any) -> Any:
     return list(map(_thaw, value)) if isinstance(value, tuple) else value
 
 
-def _must_be_tree(instance: K8sJobSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
+def _must_be_template(instance: K8sJobSpec, attribute: attrs.Attribute[Any], value: Any) -> None:
     if not isinstance(value, Tree):
         raise ValueError("pod_overrides must be a map")
+    for name, each in value.items:
+        if name not in ("metadata", "spec"):
+            hint = f"; did you mean pod_overrides: {{spec: {{{name}: ...}}}}?"
+            raise ValueError(f"pod_overrides: a pod has metadata and spec, not {name!r}{hint}")
+        if not isinstance(each, Tree):
+            raise ValueError(f"pod_overrides: {name} must be a map")
+
+
+_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_CAPABILITY: Final = re.compile(r"[A-Z][A-Z_]{0,63}")
+_USER: Final = re.compile(r"[0-9]{1,10}(:[0-9]{1,10})?")
 
 
 @attrs.frozen
 class K8sJobSpec:
-    """A Job made for this server, whose one container is ``image``; see compat K24-K26.
+    """A Job made for this server, whose one container, ``server``, runs ``image``; see compat K24-K26.
 
     context          of the kubeconfig; none: in-cluster, else the current one
+    env              under the entry's own ``env``; values from ``${}`` are kept in a Secret that goes with the Job
+    service_account  whose token the server gets; none: it gets no token
+    resources        none: limits of 1 CPU and 1Gi, requests of 50m and 64Mi
+    user             "uid" or "uid:gid"; none: the image's, which must be a number other than 0
+    cap_add          capabilities; read_only: the image's files can't be changed
     ttl_seconds      how long a finished Job stays; active_deadline_seconds: how long it may run
-    pod_overrides    merged into the pod template last: the way to what has no key here
+    pod_overrides    merged into the pod template last (``metadata``, ``spec``): the way to what has no key here
     """
 
     namespace: str
@@ -134,6 +157,10 @@ class K8sJobSpec:
     args: tuple[Text, ...] = ()
     env: StringMap = _NO_STRINGS
     env_from: tuple[EnvFrom, ...] = ()
+    working_dir: Text | None = None
+    user: str | int | None = None
+    cap_add: tuple[str, ...] = ()
+    read_only: bool = False
     service_account: str | None = None
     resources: Resources = Resources()
     labels: StringMap = _NO_STRINGS
@@ -145,8 +172,58 @@ class K8sJobSpec:
     volumes: tuple[Volume, ...] = ()
     ttl_seconds: int = 60
     active_deadline_seconds: int | None = None
-    pod_overrides: Any = attrs.field(default=Tree(), converter=_freeze, validator=_must_be_tree)
+    pod_overrides: Any = attrs.field(default=Tree(), converter=_freeze, validator=_must_be_template)
     context: str | None = None
 
+    def __attrs_post_init__(self) -> None:
+        if not _NAME.fullmatch(self.namespace):
+            raise ValueError(f"namespace: {self.namespace[:80]!r} is no name of a namespace")
+        if self.user is not None and not _USER.fullmatch(str(self.user)):
+            raise ValueError(f"user: {str(self.user)[:80]!r} must be a number, or two as in 1000:1000")
+        for capability in self.cap_add:
+            if not _CAPABILITY.fullmatch(capability):
+                raise ValueError(f"cap_add: {capability[:80]!r} is no capability, such as NET_RAW")
+        if self.ttl_seconds < 0 or (self.active_deadline_seconds is not None and self.active_deadline_seconds < 1):
+            raise ValueError("ttl_seconds must be at least 0, active_deadline_seconds at least 1")
 
-RUNTIME: Final = Runtime("k8s-job", K8sJobSpec, None)
+
+# -------------------------------------------------------------------------------------------------------------- advice
+def advise(spec: K8sJobSpec, surroundings: Surroundings) -> Sequence[str]:
+    """See ``base.Runtime.advice``."""
+    from gateway.runtimes._k8s_manifest import Identity, build, relaxations
+
+    try:
+        made = build(spec, Identity("mcp", surroundings.server_id, "x"), surroundings.env, lambda text: False, 1)
+    except StartFailed as error:
+        return [f"{error.message}; it will not start"]
+    found = relaxations(made.job)
+    for key in ("command", "args", "annotations", "pod_overrides"):
+        if _holds_secret(getattr(spec, key)):
+            found.append(f"{key} hold a value from ${{}}, which everybody can read who may read Jobs; put it into env")
+    return found
+
+
+def _holds_secret(value: Any) -> bool:
+    if isinstance(value, Tree | StringMap):
+        return any(_holds_secret(each) for _, each in value.items)
+    return isinstance(value, Secret) or (isinstance(value, tuple) and any(map(_holds_secret, value)))
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+@asynccontextmanager
+async def open_job(spec: K8sJobSpec, surroundings: Surroundings) -> AsyncIterator[Pipe]:
+    """A Job for as long as the block lasts; see ``_k8s_pod.open_pod``."""
+    from gateway.runtimes._k8s_pod import open_pod
+
+    async with open_pod(spec, surroundings) as pod:
+        yield pod
+
+
+async def sweep(where: str, instance: str, environ: Mapping[str, str]) -> None:
+    """See ``base.Runtime.sweep``."""
+    from gateway.runtimes import _k8s_pod
+
+    await _k8s_pod.sweep(where, instance, environ)
+
+
+RUNTIME: Final = Runtime("k8s-job", K8sJobSpec, open_job, advice=advise, sweep=sweep)

@@ -12,11 +12,11 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import trio
-from fixtures.http_scripted import Answer, Hangup, Request, Server, serve
 
 from gateway.errors import StartFailed
 from gateway.runtimes._k8s import Cluster, Refused, Unreachable, on_cluster, path_of
 from gateway.runtimes._k8s_access import Access
+from tests.fixtures.http_scripted import Answer, Hangup, Request, Server, serve
 
 TLS = Path(__file__).parents[1] / "fixtures" / "tls"
 PODS = path_of("mcp", "pods")
