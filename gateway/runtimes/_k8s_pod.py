@@ -467,13 +467,30 @@ class _Job:
             await self._news.wait()
 
     def _say(self, text: str, stage: str = "") -> None:
+        """Show what the start is doing. A stage that it has not been in yet is progress."""
         extend = bool(stage) and stage not in self._stages
         self._stages.add(stage)
         self.surroundings.progress(self.surroundings.redact(text), extend=extend)
 
+    def _show(self, reason: str, message: str) -> None:
+        """What it waits for, by the pod's status and the last event."""
+        if self.trouble:
+            self._say(self.trouble)
+            return
+        waits, event = self.look.waiting or self.look.refusal, f"{reason}: {message}"
+        if self.pod is None:
+            self._say(f"waiting for a pod: {event}" if reason else "waiting for a pod")
+        elif not _condition(self.pod.get("status") or {}, "PodScheduled"):
+            self._say(f"waiting for the pod: {waits}")
+        elif reason and not self.look.refusal:
+            self._say(f"waiting for the pod: {event}", "Pulling" if reason == "Pulling" else "scheduled")
+        else:
+            self._say(f"waiting for the pod: {waits}", "scheduled")
+
     async def _running(self) -> None:
         """Return when the container runs. Raises StartFailed as soon as it is known that it never will."""
         refused_since: float | None = None
+        reason = message = ""
         while not self.look.running or self.look.ended:
             found = self.look
             if found.ended:
@@ -481,25 +498,16 @@ class _Job:
                 raise StartFailed(": ".join(filter(None, (found.ended, " | ".join(last)[-1500:]))))
             if found.refusal and not self._secret_is_late(found.refusal):
                 raise StartFailed(await self._explained(found))
-            text = f"waiting for the pod: {found.waiting or found.refusal}" if self.pod else "waiting for a pod"
-            if self.pod is not None and _condition(self.pod.get("status") or {}, "PodScheduled"):
-                self._say(text, "scheduled")
-            else:
-                self._say(text)
+            self._show(reason, message)
             with trio.move_on_after(EVENTS_EVERY) as pause:
                 await self._news.wait()
-            if not pause.cancelled_caught:
-                continue
-            reason, message = await self._last_event()
+            if pause.cancelled_caught:
+                reason, message = await self._last_event()
             if self.pod is None and reason == "FailedCreate":
-                refused_since = refused_since or trio.current_time()
-                if trio.current_time() - refused_since >= REFUSAL_WAIT:
+                now = trio.current_time()
+                refused_since = refused_since or now
+                if now - refused_since >= REFUSAL_WAIT:
                     raise StartFailed(f"Kubernetes makes no pod for Job {self.name}: {message}")
-            if reason:
-                what = f"{reason}: {message}" if found.waiting in message or not found.waiting else message
-                self._say(f"waiting for the pod: {what}" if self.pod else what, reason if reason == "Pulling" else "")
-            elif self.trouble:
-                self._say(self.trouble)
 
     def _secret_is_late(self, refusal: str) -> bool:
         return self._has_secret and self.name in refusal and trio.current_time() - self._began < SECRET_WAIT
@@ -515,8 +523,9 @@ class _Job:
     async def _last_event(self) -> tuple[str, str]:
         """Reason and message of the last that is worth showing."""
         for event in await self._all_events():
-            if event.get("type") == "Warning" or event.get("reason") == "Pulling":
-                return str(event.get("reason") or ""), str(event.get("message") or "")
+            reason = str(event.get("reason") or "")
+            if reason.startswith("Failed") or reason in ("Pulling", "BackOff", "NetworkNotReady"):
+                return reason, str(event.get("message") or "")
         return "", ""
 
     async def _all_events(self) -> list[Object]:
@@ -549,7 +558,9 @@ class _Job:
         path = self._path("pods", self.pod_name, "attach")
         try:
             return await self.cluster.upgrade(path, query, PROTOCOLS)
-        except (Refused, Unreachable):
+        except (Refused, Unreachable) as error:
+            if isinstance(error, Refused) and error.http_status in (401, 403):
+                raise
             # Most likely it has ended already: then that is the reason.
             with trio.move_on_after(STATUS_WAIT if not self.look.ended else 0):
                 await self.until(lambda: bool(self.look.ended))

@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -53,7 +53,7 @@ PING_AFTER: Final = 25.0
 """Seconds between two pings: load balancers cut what is silent for a minute or more."""
 READ_SIZE: Final = 64 * 1024
 RECORD: Final = 16 * 1024
-"""Bytes of a full TLS record: a bigger read gets no more, and its buffer costs."""
+"""Bytes of a full TLS record: a bigger read gets no more, a smaller one would leave some with OpenSSL."""
 READ_LIMIT: Final = 256 * 1024
 """Bytes that are read before the caller sees them."""
 
@@ -138,7 +138,11 @@ class Socket:
     def __init__(self, sock: socket.socket, protocol: str, early: bytes) -> None:
         self.protocol = protocol
         self._sock = sock
-        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._fd = sock.fileno()
+        # Not SSLSocket's send and recv, which only come to the same after more checks.
+        tls = isinstance(sock, ssl.SSLSocket)
+        self._send: Callable[[bytes | bytearray], int] = sock.write if tls else sock.send  # type: ignore[attr-defined]
+        self._recv: Callable[[int], bytes] = sock.read if tls else sock.recv  # type: ignore[attr-defined]
         self._frames = Frames()
         self._early = early
         self._out = bytearray()
@@ -156,9 +160,25 @@ class Socket:
 
     def send_nowait(self, opcode: int, *parts: bytes | memoryview) -> None:
         """Send a whole frame, or what of it goes now. Don't when ``full``. Raises Broken."""
-        self._out += Frames.encode(opcode, *parts)
+        frame = Frames.encode(opcode, *parts)
+        sent = 0
+        if not self._out and not self.over:
+            with suppress(*_AGAIN):
+                sent = self._write(frame)
+            if sent == len(frame):
+                return
+        self._out += frame[sent:] if sent else frame
         if not self._flush():
             self._stuck.set()
+
+    def _write(self, data: bytes | bytearray) -> int:
+        try:
+            return self._send(data)
+        except _AGAIN:
+            raise
+        except (OSError, ValueError) as error:
+            self.fail(_reason(error) if isinstance(error, OSError) else "closed")
+            raise Broken(self.over) from error
 
     def _flush(self) -> bool:
         """Whether nothing waits any more. Raises Broken."""
@@ -168,13 +188,9 @@ class Socket:
         try:
             # A TLS write that did not fit must be tried again with the same bytes: they stay where they are.
             while out:
-                sent = self._sock.send(out)
-                del out[:sent]
+                del out[: self._write(out)]
         except _AGAIN:
             return False
-        except OSError as error:
-            self.fail(_reason(error))
-            raise Broken(self.over) from error
         return True
 
     async def flush_always(self) -> None:
@@ -190,7 +206,7 @@ class Socket:
                 if idle.cancelled_caught and not self.full:
                     self.send_nowait(PING)
                 while self.full:
-                    await trio.lowlevel.wait_writable(self._sock)
+                    await trio.lowlevel.wait_writable(self._fd)
             except (Broken, trio.ClosedResourceError):
                 return
             self._room.set()
@@ -210,12 +226,27 @@ class Socket:
 
         Raises Broken at the end, whoever brought it about.
         """
-        while True:
-            if self._early:
-                data, self._early = self._early, b""
-                await trio.lowlevel.checkpoint()
-            else:
-                data = await self._read()
+        while not self.over:
+            try:
+                if self._early:
+                    await trio.lowlevel.checkpoint()
+                    data, self._early = self._early, b""
+                else:
+                    # OpenSSL never holds back what it has decrypted: a read asks for as much as a record can hold.
+                    await trio.lowlevel.wait_readable(self._fd)
+                    data = self._recv(RECORD)
+                    if len(data) == RECORD:
+                        data = self._more(data)
+            except _AGAIN:
+                continue
+            except trio.ClosedResourceError:
+                break
+            except (OSError, ValueError) as error:
+                self.fail(_reason(error) if isinstance(error, OSError) else "closed")
+                break
+            if not data:
+                self.fail("the API closed the connection")
+                break
             try:
                 frames = self._frames.feed(data)
             except BadFrame as error:
@@ -226,26 +257,6 @@ class Socket:
                     self.send_nowait(PONG, payload)
             if frames:
                 return frames
-
-    async def _read(self) -> bytes:
-        sock = self._sock
-        while not self.over:
-            try:
-                if self._tls and sock.pending():  # type: ignore[attr-defined]
-                    await trio.lowlevel.checkpoint()
-                else:
-                    await trio.lowlevel.wait_readable(sock)
-                data = sock.recv(RECORD if self._tls else READ_SIZE)
-            except _AGAIN:
-                continue
-            except trio.ClosedResourceError:
-                break
-            except (OSError, ValueError) as error:
-                self.fail(_reason(error) if isinstance(error, OSError) else "closed")
-                break
-            if data:
-                return data if len(data) < RECORD else self._more(data)
-            self.fail("the API closed the connection")
         await trio.lowlevel.checkpoint()
         raise Broken(self.over)
 
@@ -254,7 +265,7 @@ class Socket:
         parts, size = [data], len(data)
         try:
             while size < READ_LIMIT and len(parts[-1]) >= RECORD:
-                parts.append(self._sock.recv(RECORD))
+                parts.append(self._recv(RECORD))
                 size += len(parts[-1])
         except (OSError, ValueError):
             pass  # nothing more now; an error comes again
@@ -264,7 +275,7 @@ class Socket:
         """It is over: wake everybody. The first reason stays."""
         if not self.over:
             self.over = reason
-            trio.lowlevel.notify_closing(self._sock)
+            trio.lowlevel.notify_closing(self._fd)
             self._stuck.set()
             self._room.set()
 

@@ -212,7 +212,6 @@ def test_G16_an_unset_variable_is_that_servers_fault_and_an_empty_one_is_set(tmp
 
 def test_K28_types_of_later_builds_are_valid_and_502_when_called(tmp_path: Path) -> None:
     later = [
-        {"id": "job", "runtime": {"type": "k8s-job", "namespace": "m", "image": "acme/j:1"}},
         {"id": "svc", "runtime": {"type": "k8s-service", "namespace": "m", "service_name": "s", "port": 8080}},
     ]
     with RunningGateway(tmp_path, [*later, echo_entry("echo")]) as gateway:
