@@ -9,7 +9,7 @@ The fast path, a routed request to a ready server with a free slot, awaits nothi
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from json import loads
@@ -417,6 +417,10 @@ class Router:
                 if unit.unsubscribed(uri, client):
                     with suppress(GatewayError):  # the gateway is shutting down
                         self.supervisor.spawn(partial(unit.unsubscribe, uri))
+
+    def dismiss(self, known: Collection[Principal]) -> None:
+        """Nobody else but these can call from now on: what others have a server for is over when they are served."""
+        self.supervisor.dismiss(known)
 
     def close(self, client: Client) -> None:
         """A client's session is over."""

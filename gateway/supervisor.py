@@ -16,7 +16,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Any, Final
@@ -115,8 +115,13 @@ class Directions:
     info: Mapping[str, Any]
 
 
-def _place_of(spec: ServerSpec, client: Client, principal: Principal) -> tuple[Hashable, Audience]:
-    """Which of a server's isolated units a client's requests go to, and whom that unit's changes concern."""
+def _place_of(
+    spec: ServerSpec, client: Client, principal: Principal, *, listing: bool = False
+) -> tuple[Hashable, Audience]:
+    """Which of a server's isolated units a client's requests go to, and whom that unit's changes concern.
+
+    ``listing``: its requests for lists. Only with ``isolation: call`` that makes a difference.
+    """
     isolation = spec.isolation
     if isolation == "session" and client.era is Era.MODERN:
         # No session: the principal is one, for each way in which it can be asked (protocol.md section 4.6).
@@ -129,7 +134,7 @@ def _place_of(spec: ServerSpec, client: Client, principal: Principal) -> tuple[H
         return (spec, principal, client.era, json.dumps(client.capabilities, sort_keys=True)), (principal, "")
     if isolation == "tenant":
         return (spec, principal.tenant), None
-    return object(), None
+    return (spec, "listing") if listing else object(), None
 
 
 def _unreachable(client: Client) -> Client:
@@ -141,9 +146,9 @@ class Unit:
     """One supervised server instance.
 
     ``link`` is set exactly while calls may be made. ``active`` counts the slots taken (at most ``limit``), ``holds``
-    what else keeps the unit from idling: resource subscriptions and work of the gateway's own. ``own_lists`` are those
-    of a client's own server that have become others than its kind's. ``mute`` says that it could not list its tools,
-    ``progress`` what its start is doing, for people.
+    what else keeps the unit from idling: resource subscriptions and work of the gateway's own. ``principal`` is who was
+    the first to use an isolated one. ``own_lists`` are those of a client's own server that have become others than its
+    kind's. ``mute`` says that it could not list its tools, ``progress`` what its start is doing, for people.
     """
 
     def __init__(self, key: UnitKey, supervisor: Supervisor, client: Client | None) -> None:
@@ -165,7 +170,7 @@ class Unit:
         self.started_wall = 0.0
         self.retired = False
         self.audience: Audience = None
-        self.tenants: tuple[str, ...] = ()
+        self.principal: Principal | None = None
         self.unhealthy = ""
         self.subscribers: dict[str, dict[Client, str]] = {}
         self._counters = supervisor.counters_of(spec.id)
@@ -1068,9 +1073,7 @@ class Supervisor:
             if unit is None:
                 unit = self._shared[spec] = Unit(UnitKey(spec), self, None)
             return unit
-        key, audience = _place_of(spec, client, principal)
-        if listing and spec.isolation == "call":
-            key = (spec, "listing")
+        key, audience = _place_of(spec, client, principal, listing=listing)
         unit = self._isolated.get(key)
         if unit is None:
             owner: Client | None = client
@@ -1080,15 +1083,14 @@ class Supervisor:
                 owner = _unreachable(client)
             unit = self._isolated[key] = Unit(UnitKey(spec, key), self, owner)
             unit.audience = audience
-            if spec.isolation in ("tenant", "principal"):
-                unit.tenants = (principal.tenant,)
+            unit.principal = principal
         return unit
 
-    def find(self, spec: ServerSpec, client: Client, principal: Principal) -> Unit | None:
-        """The unit that serves this client, if there is one."""
+    def find(self, spec: ServerSpec, client: Client, principal: Principal, *, listing: bool = False) -> Unit | None:
+        """The unit that serves this client, or lists for it, if there is one."""
         if spec.isolation == "shared":
             return self._shared.get(spec)
-        return self._isolated.get(_place_of(spec, client, principal)[0])
+        return self._isolated.get(_place_of(spec, client, principal, listing=listing)[0])
 
     def refute(self, spec: ServerSpec, era: Era) -> None:
         """A server was found not to speak an era; it is tried last from now on."""
@@ -1114,12 +1116,21 @@ class Supervisor:
         current = set(catalog.servers)
         self.refuted = {spec: era for spec, era in self.refuted.items() if spec in current}
         self.shelf.keep(current)
-        tenants = {"default", *(tenant.id for tenant in settings.tenants)}
         for unit in self.units():
             unit.configure(settings)
             of_session = unit.client is not None and unit.client.owner is not None
             keeps = of_session and unit.spec.isolation == "session" and unit.spec.id in catalog.by_id
-            if (unit.spec not in current and not keeps) or not tenants.issuperset(unit.tenants):
+            if unit.spec not in current and not keeps:
+                unit.retire()
+
+    def dismiss(self, known: Collection[Principal]) -> None:
+        """Retire what belongs to other principals than these, or to a tenant that none of them is of."""
+        tenants = {principal.tenant for principal in known}
+        for unit in self.units():
+            principal, isolation = unit.principal, unit.spec.isolation
+            if principal is None or isolation == "call":
+                continue
+            if principal.tenant not in tenants if isolation == "tenant" else principal not in known:
                 unit.retire()
 
     def forget(self, unit: Unit) -> None:

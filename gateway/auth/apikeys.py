@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from typing import Final
 
 from gateway.auth.principal import ANONYMOUS, Principal
 from gateway.config.model import Settings, reveal
@@ -28,6 +29,8 @@ class ApiKeys:
             digest = _digest(reveal(settings.api_key))
             keys[digest] = (digest, Principal("api-key"))
         self._keys = keys
+        self.principals: Final = frozenset(principal for _, principal in keys.values()) or frozenset((ANONYMOUS,))
+        """Everybody that ``authenticate`` can return."""
 
     @property
     def required(self) -> bool:

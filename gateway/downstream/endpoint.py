@@ -163,9 +163,13 @@ class Endpoint:
         self._noise = Throttle(log)
 
     def configure(self, settings: Settings) -> None:
-        """Take new settings over; requests in flight keep theirs."""
-        self._rules = _Rules(settings)
+        """Take new settings over; requests in flight keep theirs. What callers have whose key is gone, ends."""
+        former, self._rules = self._rules, _Rules(settings)
         self.limits = _limits(settings)
+        known = self._rules.keys.principals
+        if known != former.keys.principals:
+            for part in (self.legacy, self.modern, self.rpc, self.router):
+                part.dismiss(known)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """ASGI lifespan: nothing to start, nothing to stop; tasks belong to the composition root."""

@@ -11,7 +11,7 @@ of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any, Final
 
@@ -84,7 +84,7 @@ class LegacyFront:
         self.sessions: dict[str, Session] = {}
         self.nursery: trio.Nursery | None = None
         self._budget = Budget()
-        self._opening = 0
+        self._opening: dict[Session, None] = {}
         self._waiting: dict[object, Outlet] = {}
 
     # ------------------------------------------------------------------------------------------------------- its task
@@ -108,6 +108,9 @@ class LegacyFront:
 
     def _sweep(self, now: float, idle: float) -> None:
         for session in list(self.sessions.values()):
+            if session.leaving and not session.calls:
+                self.close(session)
+                continue
             if session.busy:
                 session.used = now
             elif session.used + idle <= now:
@@ -122,7 +125,7 @@ class LegacyFront:
     def open(self, principal: Principal, target: Target, *, resumable: bool) -> Session:
         """A new session, not yet to be found by its id. Raises Overloaded at ``max_sessions``."""
         limit = self.router.snapshot.settings.max_sessions
-        if len(self.sessions) + self._opening >= limit:
+        if len(self.sessions) + len(self._opening) >= limit:
             raise Overloaded(f"{limit} sessions are open (max_sessions)")
         session = Session(principal, target, EventLog(self._budget) if resumable else None)
         session.subscription = self.router.subscribe(target, session.changed, principal, session.client)
@@ -134,6 +137,14 @@ class LegacyFront:
         if not session.closed:
             session.close()
             self.router.close(session.client)
+
+    def dismiss(self, known: Collection[Principal]) -> None:
+        """End the sessions of everybody but these, their streams with them; what is in flight is answered first."""
+        for session in (*self.sessions.values(), *self._opening):
+            if session.principal not in known:
+                session.leaving = True
+                if not session.calls:
+                    self.close(session)
 
     def find(self, id: str | None, principal: Principal, target: Target, *, sse: bool = False) -> Session:
         """The session of that id, if it is this caller's at this endpoint and of this transport.
@@ -361,11 +372,13 @@ class LegacyFront:
         headers = (("Mcp-Session-Id", session.id),)
         outlet = self._outlet(session, request, headers=headers)
         try:
-            self._opening += 1
+            self._opening[session] = None
             try:
                 facts = await self.introduce(session, outlet)
             finally:
-                self._opening -= 1
+                del self._opening[session]
+            if session.closed:
+                raise UnknownTarget(NO_SUCH_SESSION)
             session.state = State.OPEN
             self.sessions[session.id] = session
             text = welcome(message.id_text, said.version, facts)

@@ -36,6 +36,7 @@ class Listening:
     """One open subscription. Implements ``exchange.Owner`` for the resources that it watches.
 
     ``wake`` is called when there is something to ``take``; it must not block. ``open`` it, and ``close`` it in the end.
+    ``over`` is for whoever wants it ended from outside.
     Raises UnknownTarget for a server that its client may not know, ClientProtocolError for a filter that is none.
     """
 
@@ -57,8 +58,9 @@ class Listening:
             raise ClientProtocolError(
                 f"resourceSubscriptions must be a list of at most {MAX_URIS} URIs", code=INVALID_PARAMS
             )
+        self.over = False
         self._router = router
-        self._principal = principal
+        self.principal = principal
         self._target = target
         self._id_text = message.id_text
         self._topics = {name for name in ("tools", "prompts", "resources") if wanted.get(f"{name}ListChanged") is True}
@@ -74,7 +76,7 @@ class Listening:
         if self._uris:
             router = self._router
             deadline = trio.current_time() + min(OPEN_LIMIT, router.timeout_of(self._target, router.snapshot))
-            self._honoured = await router.listen(self._client, self._principal, self._target, self._uris, deadline)
+            self._honoured = await router.listen(self._client, self.principal, self._target, self._uris, deadline)
 
     def acknowledgement(self) -> str:
         """The first message: what of the filter is honoured."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Collection, Iterable, Mapping
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -144,6 +144,7 @@ class ModernFront:
         self._waiting: dict[trio.CancelScope, tuple[Outlet, Request | None]] = {}
         self._unanswered: list[Ask] = []
         self._busy = trio.Event()
+        self._subscriptions: dict[Listening, Request] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look after what has no task of its own: parked calls, and requests that wait to be begun. Until cancelled."""
@@ -338,12 +339,13 @@ class ModernFront:
     ) -> None:
         listening = Listening(self.router, client, principal, target, message, request.wake)
         outlet = _outlet(request)
+        self._subscriptions[listening] = request
         try:
             await self._patiently(listening.open(), outlet, request)
             await outlet.send(listening.acknowledgement())
             server = request.server
             comment_at = trio.current_time() + COMMENT_AFTER
-            while not server.draining:
+            while not server.draining and not listening.over:
                 if listening.dirty:
                     await trio.sleep(COALESCE)
                     await request.write(b"".join(encode(text) for text in listening.take()))
@@ -357,7 +359,16 @@ class ModernFront:
             await request.write(b"".join(encode(text) for text in listening.ended()))
             await request.finish()
         finally:
+            del self._subscriptions[listening]
             listening.close()
+
+    def dismiss(self, known: Collection[Principal]) -> None:
+        """End the subscriptions of everybody but these, and what they have parked."""
+        for listening, request in self._subscriptions.items():
+            if listening.principal not in known:
+                listening.over = True
+                request.wake()
+        self.parking.dismiss(known)
 
     # ------------------------------------------------------------------------------------------------ transport-neutral
     async def carry_out(

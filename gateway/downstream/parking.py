@@ -15,7 +15,7 @@ import base64
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import inf
 from typing import Any, Final
 
@@ -205,6 +205,13 @@ class ParkingLot:
             if parked.expires <= now or (parked.call.done and not parked.call.buffered):
                 del self._parked[id]
                 parked.drop("the client did not come back")
+
+    def dismiss(self, known: Collection[Principal]) -> None:
+        """Give up what only others than these could come back for."""
+        for id, parked in list(self._parked.items()):
+            if parked.principal not in known:
+                del self._parked[id]
+                parked.drop("its caller is not known any more")
 
     def clear(self) -> None:
         """Give up everything."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from math import ceil
 from typing import Final, TypeVar
 
@@ -131,6 +131,10 @@ class RpcFront:
             if len(self._clients) < MAX_CLIENTS:
                 self._clients[principal] = client
         return client
+
+    def dismiss(self, known: Collection[Principal]) -> None:
+        """Forget all callers but these."""
+        self._clients = {principal: client for principal, client in self._clients.items() if principal in known}
 
     def _exchange(self, principal: Principal, server_id: str, message: Message) -> Exchange:
         router = self.router

@@ -54,6 +54,7 @@ class Session:
     feed          what a GET stream carries: questions, notifications, list changes (with HTTP+SSE everything)
     feeds         streams of POSTs still running, for clients that come back to them
     open_streams  GET streams connected now
+    leaving       whether it is to be closed as soon as its calls are over
     """
 
     __slots__ = (
@@ -67,6 +68,7 @@ class Session:
         "feed",
         "feeds",
         "id",
+        "leaving",
         "log",
         "open_streams",
         "principal",
@@ -83,6 +85,7 @@ class Session:
         self.client = Client(f"http-{next(_keys)}", Era.LEGACY, "", owner=self)
         self.state = State.NEW
         self.closed = False
+        self.leaving = False
         self.calls: dict[Any, Call | trio.CancelScope] = {}
         self.asks: dict[int, Question] = {}
         self.log = log
