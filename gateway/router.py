@@ -307,9 +307,9 @@ class Router:
         for spec in face.specs:
             if spec.isolation == "call" or (not face.plan.own and spec.isolation == "shared"):
                 continue
-            unit = self.supervisor.unit(spec, exchange.client, exchange.principal)
-            link = unit.link
-            if link is None:
+            unit = self.supervisor.find(spec, exchange.client, exchange.principal)
+            link = unit.link if unit is not None else None
+            if unit is None or link is None:
                 continue
             if message.method == "notifications/roots/list_changed" and (unit.client is None or link.era is Era.MODERN):
                 # A shared server was never told of roots, a modern one asks for them when it needs them.
@@ -367,10 +367,12 @@ class Router:
         if route is None:
             return None
         call = route.spec.isolation == "call"
-        unit = self.supervisor.unit(route.spec, exchange.client, exchange.principal, listing=call)
-        listing = unit.known("tools/list")
+        unit = self.supervisor.find(route.spec, exchange.client, exchange.principal, listing=call)
+        listing = (
+            unit.known("tools/list") if unit is not None else self.supervisor.shelf.listing(route.spec, "tools/list")
+        )
         if listing is None:
-            return () if unit.mute else None
+            return () if unit is not None and unit.mute else None
         headers = listing.rendered.get("headers")
         if headers is None:
             headers = listing.rendered["headers"] = _headers_of(listing)

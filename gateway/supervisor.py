@@ -367,10 +367,16 @@ class Unit:
             self._rest()
 
     def _rest(self) -> None:
-        """Nobody uses it: stop it if it was replaced, else let the idle timeout run."""
+        """Nobody uses it: stop it if it was replaced, else let the idle timeout run.
+
+        What could not even be started, since too many run, leaves nothing: callers can make any number of kinds of it.
+        """
         if self.retired or self.spec.isolation == "call":
             self.stop_soon("replaced")
-        elif self._scope is not None and self.link is not None:
+        elif self._scope is None:
+            if self._disposable:
+                self.supervisor.forget(self)
+        elif self.link is not None:
             at = trio.current_time() + self.idle_timeout
             # A deadline that is nearly right stays; a busy unit would move it thousands of times a second.
             if self._idle_at == inf or at - self._idle_at > min(1.0, self.idle_timeout / 100):
@@ -707,9 +713,13 @@ class Unit:
                     turn.error = type(failure)(failure.message, retry_after=failure.retry_after)
                     turn.task.set()
             self._queue.clear()
-        disposable = self.retired or (self.client is not None and not self.state.failures)
-        if disposable and self.active == 0 and self.holds == 0:
+        if self._disposable and self.active == 0 and self.holds == 0:
             self.supervisor.forget(self)
+
+    @property
+    def _disposable(self) -> bool:
+        """Whether a new one would do as well while nothing of it runs: who isolates it may not come again."""
+        return self.retired or (self.client is not None and not self.state.failures)
 
     def _say(self, level: int, what: str, **fields: Any) -> None:
         log.log(level, what, extra={"fields": {"server_id": self.spec.id, **fields}})

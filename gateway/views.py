@@ -363,6 +363,7 @@ class Views:
                 fetch.trying = True
         finally:
             fetch.running = fetch.trying = False
+            fetch.client, fetch.principal = _nobody(), ANONYMOUS  # it may outlive by far who asked first
             fetch.tell()
 
     async def _try(self, spec: ServerSpec, fetch: _Fetch) -> float:
@@ -379,7 +380,7 @@ class Views:
             await unit.list_all(fetch.first, listed)
             fetch.fault = None
         except GatewayError as error:
-            fetch.fault = error
+            fetch.fault = error.with_traceback(None)
             wait = error.retry_after or 0.0
         finally:
             fetch.trying = False

@@ -14,7 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from gateway.auth.principal import ANONYMOUS, Principal
 from gateway.config.model import Catalog, ServerSpec, Settings
 from gateway.config.snapshot import Snapshot
-from gateway.errors import ServerProtocolError, UnknownTarget
+from gateway.errors import Overloaded, ServerProtocolError, UnknownTarget
 from gateway.exchange import Call, Client, Exchange, Interim, Reply
 from gateway.hub import Hub
 from gateway.protocol.eras import Era
@@ -334,6 +334,25 @@ async def test_a_server_isolated_by_call_is_listed_once_and_leaves_nothing(start
         assert house.scripts["a"].starts == 2 + n, "one to list, one for each call"
     assert len(house.supervisor.units()) == 1
     assert house.scripts["a"].running == 0
+
+
+@pytest.mark.parametrize("isolation", ["principal", "session"])
+async def test_C7_what_starts_nothing_makes_no_unit(start: Any, isolation: Any) -> None:
+    """Callers choose what they declare, so they could have any number of units made."""
+    house = await start(a=tool_server("x"))
+    (spec,) = house.specs
+    house.snapshot = Snapshot(Settings(), Catalog((attrs.evolve(spec, isolation=isolation),)))
+    client = Client("modern:{}", Era.MODERN, "2026-07-28")
+    call = decode_request('{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"x"}}')
+    note = decode_request('{"jsonrpc":"2.0","method":"notifications/roots/list_changed"}')
+    assert house.router.tool_headers(Exchange(call, ANONYMOUS, house.snapshot, client, "a", 30)) is None
+    house.router.notify(Exchange(note, ANONYMOUS, house.snapshot, house.client, "a", 30))
+    assert house.supervisor.units() == []
+    house.snapshot = attrs.evolve(house.snapshot, settings=Settings(max_units=0))
+    for one in (client, house.client):
+        with pytest.raises(Overloaded, match="max_units"):
+            await house.ask("a", "tools/call", {"name": "x"}, client=one)
+    assert house.supervisor.units() == []
 
 
 async def test_C7_a_client_whose_own_server_lists_otherwise_may_be_the_first_to_ask(

@@ -158,16 +158,20 @@ class ModernFront:
                             await self._busy.wait()
                     await trio.sleep(LOOK)
                     self._decline_all()
-                    now = trio.current_time()
-                    self.parking.sweep(now)
-                    for scope, (outlet, request) in self._waiting.items():
-                        if request is not None and request.look():
-                            scope.cancel()
-                        elif outlet.comment_at <= now:
-                            nursery.start_soon(self._comment, scope, outlet)
+                    self.parking.sweep(trio.current_time())
+                    self._look_after(nursery)
         finally:
             self._decline_all()
             self.parking.clear()
+
+    def _look_after(self, nursery: trio.Nursery) -> None:
+        """Give up what nobody waits for, keep alive what waits. A method, so that none is held until the next look."""
+        now = trio.current_time()
+        for scope, (outlet, request) in self._waiting.items():
+            if request is not None and request.look():
+                scope.cancel()
+            elif outlet.comment_at <= now:
+                nursery.start_soon(self._comment, scope, outlet)
 
     def _decline_all(self) -> None:
         asks, self._unanswered = self._unanswered, []
