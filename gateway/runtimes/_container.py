@@ -167,10 +167,10 @@ class Container:
         self._engine = engine
         self._path = f"/containers/{id}"
         self._details: dict[str, Any] = {
-            "container": plan.name,
+            "container": plan.redact(plan.name),
             "container_id": id,
-            "image": plan.image,
-            "engine": engine.where,
+            "image": plan.redact(plan.image),
+            "engine": plan.redact(engine.where),
         }
         self._ending = _Ending(engine, plan.memory)
         self._stop_signal = "SIGTERM"

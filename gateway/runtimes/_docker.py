@@ -8,7 +8,9 @@ stop signal, ``stop_grace``, then by force.
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -103,14 +105,17 @@ async def _ask_for(engine: Engine, spec: DockerSpec, plan: Plan, surroundings: S
             if surroundings.instance is not None:
                 surroundings.instance.leaves()
             raise
+    if not isinstance(answer, dict) or not isinstance(answer.get("Id"), str):
+        raise StartFailed(f"{engine.name} does not say what container it has made")
     for warning in answer.get("Warnings") or ():
         log.info("Container of server '%s': %s", surroundings.server_id, plan.redact(str(warning)))
-    return str(answer["Id"])
+    found: str = answer["Id"]
+    return found
 
 
 async def _free_name(engine: Engine, plan: Plan, surroundings: Surroundings, until: float) -> None:
     """Make room for a fixed name: remove a dead gateway's container, wait for one of ours. Raises StartFailed."""
-    query = {"all": "1", "filters": f'{{"name":["^/?{plan.name}$"]}}'}
+    query = {"all": "1", "filters": json.dumps({"name": [f"^/?{re.escape(plan.name)}$"]})}
     found = await engine.ask("GET", "/containers/json", query=query)
     instance = surroundings.instance
     for container in found or ():
@@ -188,7 +193,9 @@ async def open_container(type: str, spec: DockerSpec, surroundings: Surroundings
             except ValueError as error:
                 raise StartFailed(str(error)) from None
             host = "" if spec.host is None else reveal(spec.host)
-            engine = await stack.enter_async_context(find_engine(type, host, surroundings.environ, waiting=_patience))
+            engine = await stack.enter_async_context(
+                find_engine(type, host, surroundings.environ, waiting=_patience, progress=surroundings.progress)
+            )
             _seen.add(engine.where)
             plan = await make_plan(spec, surroundings, engine, limits_of(spec), sockets_of(surroundings.environ))
             if surroundings.instance is not None:
@@ -256,7 +263,7 @@ async def _begin(
     return Origin(
         url,
         allow_private=True,
-        details={**container.details, "url": url},
+        details={**container.details, "url": plan.redact(url)},
         starting=True,
         ended=container.ended,
         measure=container.measure,
@@ -286,7 +293,7 @@ async def _end(container: Container, engine: Engine, surroundings: Surroundings)
 async def sweep(type: str, where: str, instance: str, environ: Mapping[str, str]) -> None:
     """Remove every container that the gateway of that instance id has made at an engine. See ``base.Runtime.sweep``."""
     async with find_engine(type, where, environ) as engine:
-        query = {"all": "1", "filters": f'{{"label":["{LABEL}instance={instance}"]}}'}
+        query = {"all": "1", "filters": json.dumps({"label": [f"{LABEL}instance={instance}"]})}
         for container in await engine.ask("GET", "/containers/json", query=query) or ():
             log.info("Removing container %s, which a killed gateway has left", container["Id"][:12])
             await _remove(engine, container["Id"])

@@ -524,11 +524,17 @@ async def _carried(stream: Any, nursery: trio.Nursery) -> Hijacked:
 # ------------------------------------------------------------------------------------------------------------ finding
 @asynccontextmanager
 async def find_engine(
-    type: str, host: str, environ: Mapping[str, str], *, waiting: Callable[[str], float] | None = None
+    type: str,
+    host: str,
+    environ: Mapping[str, str],
+    *,
+    waiting: Callable[[str], float] = lambda where: 0.0,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> AsyncIterator[Engine]:
     """The first engine that answers, for as long as the block lasts.
 
-    ``waiting(where)`` gives the seconds for which an engine that does not answer is waited for (it was there before).
+    ``waiting(where)`` gives the seconds for which an engine that does not answer is waited for (it was there before);
+    ``progress`` is told so.
     Raises StartFailed that names every place tried, and why each failed.
     """
     addresses, source = _candidates(type, host, environ)
@@ -537,7 +543,7 @@ async def find_engine(
         engine = Engine(address, type)
         try:
             try:
-                await _reach(engine, 0.0 if waiting is None else waiting(address.where))
+                await _reach(engine, waiting(address.where), progress)
             except EngineGone as error:
                 reason = error.message.removeprefix(f"{engine.name} ").removeprefix("can't be reached: ")
                 failures.append(f"{address.where} ({reason})")
@@ -555,7 +561,7 @@ async def find_engine(
     raise EngineGone(f"no {kind} engine can be reached: tried {tried}; start it, or set {variable} or host")
 
 
-async def _reach(engine: Engine, patience: float) -> None:
+async def _reach(engine: Engine, patience: float, progress: Callable[[str], None]) -> None:
     until = trio.current_time() + patience
     pause = 0.1
     while True:
@@ -564,5 +570,6 @@ async def _reach(engine: Engine, patience: float) -> None:
         except EngineGone:
             if trio.current_time() + pause > until:
                 raise
+        progress(f"waiting for {engine.name}")
         await trio.sleep(pause)
         pause = min(pause * 2, 1.0)

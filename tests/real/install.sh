@@ -58,7 +58,10 @@ engine() { # part, packages
   if fresh "$folder" "$*"; then return; fi
   mkdir -p "$folder"
   local missing=() name
-  for name in "$@"; do dpkg -s "$name" >/dev/null 2>&1 || missing+=("$name"); done
+  for name in "$@"; do
+    if [ "$name" = docker.io ] && command -v dockerd >/dev/null; then continue; fi  # another package's will do
+    dpkg -s "$name" >/dev/null 2>&1 || missing+=("$name")
+  done
   if [ ${#missing[@]} -gt 0 ]; then
     apt-get update -q
     DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"

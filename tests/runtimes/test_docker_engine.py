@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -74,7 +75,7 @@ class FakeEngine:
 
     async def silent(self, stream: trio.SocketStream) -> None:
         await stream.send_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        await trio.sleep_forever()
+        await self.exited.wait()
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         with trio.socket.socket(trio.socket.AF_UNIX) as listener:
@@ -339,10 +340,14 @@ async def test_RB61_a_step_that_fails_is_named_and_leaves_nothing(
 async def test_RB61_secrets_are_never_quoted(fake: FakeEngine, tmp_path: Path) -> None:
     (tmp_path / "e.env").write_text("FILED=file-secret-1\n")
     fake.answers["POST", "/containers/create"] = (400, {"message": "bad: hush-hush and file-secret-1"})
-    spec = DockerSpec("acme/box:1", env_file="e.env", env=StringMap((("K", Secret("${K}", "hush-hush")),)))
+    env = StringMap((("K", Secret("${K}", "hush-hush")),))
+    spec = DockerSpec(Secret("${I}", "acme/hush-hush:1"), env_file="e.env", env=env)
     text = await refused(fake, spec, catalog_dir=tmp_path, redact=lambda text: text.replace("hush-hush", "${K}"))
     assert "bad: ${K} and ${FILED}" in text
     assert set(fake.bodies["/containers/create"]["Env"]) == {"FILED=file-secret-1", "K=hush-hush"}
+    fake.answers["POST", "/containers/create"] = (201, {"Id": "c0ffee"})
+    async with opened(fake, spec, catalog_dir=tmp_path, redact=lambda text: text.replace("hush-hush", "${K}")) as pipe:
+        assert pipe.details["image"] == "acme/${K}:1"
 
 
 @pytest.mark.parametrize(
@@ -522,13 +527,42 @@ async def test_RB62_the_sweep_removes_what_bears_the_id_only(fake: FakeEngine) -
     fake.answers["GET", "/containers/json"] = (200, [{"Id": "c0ffee"}])
     await RUNTIME.sweep(where, "ab" * 16, {})
     (asked,) = [target for method, target in fake.asked if "/containers/json" in target]
-    assert "label%22%3A%5B%22open-mcp-gateway.instance%3D" + "ab" * 16 in asked and "all=1" in asked
+    assert "label%22%3A+%5B%22open-mcp-gateway.instance%3D" + "ab" * 16 in asked and "all=1" in asked
     assert ("DELETE", "/v1.45/containers/c0ffee?force=1&v=1") in fake.asked
     fake.answers["DELETE", "/containers/c0ffee"] = (403, {"message": "no"})
     with pytest.raises(StartFailed, match="refuses: no"):
         await RUNTIME.sweep(where, "ab" * 16, {})
     with pytest.raises(StartFailed, match="can't be reached"):
         await PODMAN.sweep(f"{where}.none", "ab" * 16, {})
+
+
+async def test_P12_nothing_is_left_open(fake: FakeEngine) -> None:
+    async def once() -> None:
+        fake.exited = trio.Event()
+        async with opened(fake) as pipe:
+            assert fake.attached is not None
+            await fake.attached.send_all(frame(1, b"x\n"))
+            assert await pipe.receive_some() == b"x\n"
+        fake.exited.set()  # the fake engine closes its ends
+
+    async def failing() -> None:
+        fake.exited = trio.Event()
+        fake.answers["POST", "/containers/c0ffee/start"] = (500, {"message": "no"})
+        assert await refused(fake)
+        fake.answers["POST", "/containers/c0ffee/start"] = (204, None)
+        fake.exited.set()
+
+    async def count() -> int:
+        await trio.sleep(0.2)
+        return len(os.listdir("/proc/self/fd"))
+
+    await once()
+    await failing()
+    before = await count()
+    for _ in range(5):
+        await once()
+        await failing()
+    assert await count() <= before + 1
 
 
 # ------------------------------------------------------------------------------------------------------------- finding
