@@ -135,13 +135,15 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
 
         files = app.HttpOptions(options.config, None, options.log_level, options.catalog, options.state_dir)
         return warm(files, options.servers)
+    if command == "emit":
+        from gateway.emit import EmitOptions, emit
+
+        return emit(EmitOptions.of(vars(options)))
     if command == "http":
         from gateway import app
 
         return app.run_http(
-            app.HttpOptions(
-                options.config, options.listen_addr, options.log_level, options.catalog, options.state_dir
-            )
+            app.HttpOptions(options.config, options.listen_addr, options.log_level, options.catalog, options.state_dir)
         )
     if command == "stdio":
         if options.catalog is not None and options.gateway is not None:
@@ -195,6 +197,7 @@ def _everything() -> argparse.ArgumentParser:
         ("stdio", "serve one desktop client on stdin and stdout"),
         ("check", "read config and catalog, name every mistake, start nothing"),
         ("warm", "start servers once and keep what they list, so that listing starts nothing"),
+        ("emit", "print what a cluster needs to run this gateway"),
         ("version", "print version, commit and dependency lock"),
         ("demo-server", "a small MCP server on stdin and stdout"),
     ):
@@ -215,7 +218,7 @@ def _version_option(parser: argparse.ArgumentParser, name: str) -> None:
 
 def _options(parser: argparse.ArgumentParser, command: str, name: str) -> None:
     _version_option(parser, name)
-    if command in ("http", "check", "warm"):
+    if command in ("http", "check", "warm", "emit"):
         parser.add_argument("--config", type=Path, metavar="FILE", help="config file; default: the usual places")
         parser.add_argument("--catalog", type=Path, metavar="FILE", help="catalog file; overrides catalog_path")
     if command == "http":
@@ -228,6 +231,8 @@ def _options(parser: argparse.ArgumentParser, command: str, name: str) -> None:
     if command in ("http", "check", "warm", "stdio"):
         text = "where lists are kept; default: the user's state folder"
         parser.add_argument("--state-dir", type=Path, metavar="DIR", help=text)
+    if command == "emit":
+        _emit_options(parser)
     if command == "stdio":
         parser.add_argument("-s", "--server", metavar="ID", help="one server of the catalog; default: all, merged")
         parser.add_argument("--view", metavar="NAME", help="one view of the catalog")
@@ -236,3 +241,30 @@ def _options(parser: argparse.ArgumentParser, command: str, name: str) -> None:
         parser.add_argument("-g", "--gateway", metavar="URL", help="go through a running gateway")
         parser.add_argument("--config", type=Path, metavar="FILE", help="config file; default: the usual places")
         parser.add_argument("--log-level", metavar="LEVEL", type=str.lower, choices=LEVELS, help="default: warn")
+
+
+def _emit_options(parser: argparse.ArgumentParser) -> None:
+    """Their names are those of ``gateway.emit.EmitOptions``, where the defaults are explained."""
+    add = parser.add_argument
+    add("platform", choices=("kubernetes",), help="kubernetes: YAML for kubectl apply")
+    add("--name", metavar="NAME", default="mcp-gateway", help="of the objects; default: mcp-gateway")
+    add("-n", "--namespace", metavar="NAME", default="mcp-gateway", help="to run in; default: mcp-gateway")
+    text = "Namespaces to create: the gateway's own, those of its servers as well, or none; default: own"
+    add("--namespaces", choices=("own", "all", "none"), default="own", help=text)
+    add("--replicas", metavar="N", type=int, default=2, help="gateway pods; default: 2")
+    add("--image", metavar="IMAGE", help="of the gateway; default: agentic/mcp-gateway of this version")
+    add("--image-pull-policy", choices=("Always", "IfNotPresent", "Never"), help="default: Kubernetes' own")
+    text = "Secret with a registry's credentials; may be repeated"
+    add("--image-pull-secret", metavar="NAME", action="append", default=[], help=text)
+    text = "Secret that holds the key (as api-key) and what the files name in ${}; default: as --name"
+    add("--secret", metavar="NAME", help=text)
+    add("--requests", metavar="AMOUNTS", default="cpu=100m,memory=128Mi", help="default: cpu=100m,memory=128Mi")
+    add("--limits", metavar="AMOUNTS", default="cpu=1,memory=512Mi", help="default: cpu=1,memory=512Mi")
+    text = "an autoscaler at 70 %% of the requested CPU, instead of --replicas; without a value 2:10"
+    add("--hpa", metavar="LEAST:MOST", nargs="?", const="2:10", help=text)
+    add("--ingress", metavar="HOST", help="an Ingress for this host name")
+    add("--ingress-class", metavar="CLASS", help="of the Ingress, such as nginx")
+    add("--tls-secret", metavar="NAME", help="Secret with the certificate for the Ingress")
+    add("--service-monitor", action="store_true", help="a ServiceMonitor for the Prometheus operator")
+    text = "leave the NetworkPolicy out, which lets the gateway reach DNS and its servers only"
+    add("--no-network-policy", dest="network_policy", action="store_false", help=text)

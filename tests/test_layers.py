@@ -28,7 +28,7 @@ ROWS = [
     {"router"},
     {"downstream", "admin"},
     {"app"},
-    {"warm"},
+    {"warm", "emit"},
     {"cli"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
