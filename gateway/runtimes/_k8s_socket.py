@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -157,6 +158,15 @@ class Socket:
     def full(self) -> bool:
         """Whether the connection takes nothing now."""
         return bool(self._out) and not self._flush()
+
+    @property
+    def stirred(self) -> bool:
+        """Whether there is anything to receive, were it only the end."""
+        if self.over or self._early or (self._tls and self._sock.pending()):  # type: ignore[attr-defined]
+            return True
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def send_nowait(self, opcode: int, *parts: bytes | memoryview) -> None:
         """Send a whole frame, or what of it goes now. Don't when ``full``. Raises Broken."""

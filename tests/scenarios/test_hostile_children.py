@@ -210,17 +210,22 @@ def test_G16_an_unset_variable_is_that_servers_fault_and_an_empty_one_is_set(tmp
         assert not needs.noted()
 
 
-def test_K28_types_of_later_builds_are_valid_and_502_when_called(tmp_path: Path) -> None:
-    later = [
+def test_K28_without_an_engine_or_a_cluster_the_others_work(tmp_path: Path) -> None:
+    nowhere = f"unix://{tmp_path}/none.sock"
+    away = [
+        {"id": "box", "runtime": {"type": "docker", "image": "acme/box:1", "host": nowhere}},
+        {"id": "pod", "runtime": {"type": "podman", "image": "acme/box:1", "host": nowhere}},
+        {"id": "job", "runtime": {"type": "k8s-job", "namespace": "m", "image": "acme/j:1"}},
         {"id": "svc", "runtime": {"type": "k8s-service", "namespace": "m", "service_name": "s", "port": 8080}},
     ]
-    with RunningGateway(tmp_path, [*later, echo_entry("echo")]) as gateway:
-        for entry in later:
-            status, _, data = gateway.http("POST", "/mcp", {"server_id": entry["id"], "method": "tools/list"})
-            assert status == 502
-            assert f"Runtime type '{entry['runtime']['type']}' is not available in this build" in data.decode()
-            status, _, data = gateway.http("POST", f"/servers/{entry['id']}/start")
-            assert (status, "not available in this build" in data.decode()) == (502, True)
+    tried = {"box": "none.sock", "pod": "none.sock", "job": "kubeconfig", "svc": "kubeconfig"}
+    home = {"HOME": str(tmp_path), "KUBECONFIG": str(tmp_path / "kubeconfig")}
+    with RunningGateway(tmp_path, [*away, echo_entry("echo")], env=home) as gateway:
+        for id, what in tried.items():
+            status, _, data = gateway.http("POST", "/mcp", {"server_id": id, "method": "tools/list"})
+            assert (status, what in data.decode()) == (502, True), data
+            status, _, data = gateway.http("POST", f"/servers/{id}/start")
+            assert (status, what in data.decode()) == (502, True), data
         assert gateway.call("echo", "echo", {"text": "still"}) == "still"
 
 
