@@ -25,6 +25,7 @@ from gateway.downstream.server import ClientGone, Request
 from gateway.downstream.streams import COALESCE, COMMENT_AFTER, EARLY, Feed, PostOutlet
 from gateway.errors import AuthError, ClientProtocolError, GatewayError, ServerProtocolError
 from gateway.exchange import Ask, Call, Client, Event, Exchange, Interim, Reply, Target, decline
+from gateway.hub import SPACING
 from gateway.protocol import headers as mirror
 from gateway.protocol.eras import (
     CLIENT_CAPABILITIES,
@@ -348,11 +349,12 @@ class ModernFront:
             await self._patiently(listening.open(), outlet, request)
             await outlet.send(listening.acknowledgement())
             server = request.server
-            comment_at = trio.current_time() + COMMENT_AFTER
+            comment_at, next_at = trio.current_time() + COMMENT_AFTER, -inf
             while not server.draining and not listening.over:
                 if listening.dirty:
-                    await trio.sleep(COALESCE)
+                    await trio.sleep_until(max(trio.current_time() + COALESCE, next_at))
                     await request.write(b"".join(encode(text) for text in listening.take()))
+                    next_at = trio.current_time() + SPACING
                 elif trio.current_time() >= comment_at - EARLY:
                     await request.write(KEEP_ALIVE)
                 elif await request.wait(until=comment_at):

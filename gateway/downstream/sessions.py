@@ -165,7 +165,7 @@ class Session:
         for topic in dirty:
             found = announce(topic)
             if found is not None:
-                self._say(build_notification(*found))
+                self.feed.add(build_notification(*found), topic=topic)
 
     # -------------------------------------------------------------------------------------------------------- questions
     def question(self, ask: Ask, say: Callable[[str], None], number: int = -1) -> str:

@@ -80,7 +80,7 @@ class LineFeed:
         self.reader: LineFeed | None = self
         self.on_poke: Any = None
 
-    def add(self, text: str, instead: str = "") -> bytes:
+    def add(self, text: str, instead: str = "", topic: str = "") -> bytes:
         """Write one message. While the client does not read, what needs no answer is dropped."""
         if not self.lines.full or "id" in json.loads(text):
             self.lines.send(text)

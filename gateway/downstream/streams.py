@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Final, Protocol
 
 import trio
 
 from gateway.downstream.server import ClientGone, Request
+from gateway.hub import SPACING
 from gateway.protocol.session import event_id
 from gateway.protocol.sse import EVENT_STREAM, KEEP_ALIVE, encode
 
@@ -68,7 +70,9 @@ class Budget:
 class EventLog:
     """The latest events of one session's streams, oldest first, for clients that come back (RB20).
 
-    An entry is (stream, number, trio time, encoded event). What does not fit pushes the oldest out.
+    An entry is (stream, number, trio time, encoded event, topic). What does not fit pushes the oldest out. Of events
+    that say that a topic has changed only the latest is kept: who comes back is told once, and nothing else is pushed
+    out.
     """
 
     __slots__ = ("_budget", "_bytes", "_entries")
@@ -76,9 +80,9 @@ class EventLog:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._bytes = 0
-        self._entries: deque[tuple[int, int, float, bytes]] | None = None  # an empty deque is 600 bytes
+        self._entries: deque[tuple[int, int, float, bytes, str]] | None = None  # an empty deque is 600 bytes
 
-    def add(self, stream: int, number: int, data: bytes, now: float) -> None:
+    def add(self, stream: int, number: int, data: bytes, now: float, topic: str = "") -> None:
         """Keep an event. One larger than MAX_BYTES is not kept at all."""
         size = len(data)
         if size > MAX_BYTES:
@@ -86,6 +90,8 @@ class EventLog:
         entries = self._entries
         if entries is None:
             entries = self._entries = deque()
+        elif topic:
+            self._supersede(topic)
         budget = self._budget
         while entries and (
             len(entries) >= MAX_EVENTS or self._bytes + size > MAX_BYTES or budget.used + size > budget.limit
@@ -93,19 +99,30 @@ class EventLog:
             self._drop()
         if budget.used + size > budget.limit:
             return
-        entries.append((stream, number, now, data))
+        entries.append((stream, number, now, data, topic))
         self._bytes += size
         budget.used += size
 
     def _drop(self) -> None:
         assert self._entries is not None
-        size = len(self._entries.popleft()[3])
-        self._bytes -= size
-        self._budget.used -= size
+        self._release(self._entries.popleft()[3])
+
+    def _supersede(self, topic: str) -> None:
+        entries = self._entries
+        assert entries is not None
+        for index in range(len(entries) - 1, -1, -1):  # mostly it is the last one
+            if entries[index][4] == topic:
+                self._release(entries[index][3])
+                del entries[index]
+                return
+
+    def _release(self, data: bytes) -> None:
+        self._bytes -= len(data)
+        self._budget.used -= len(data)
 
     def after(self, stream: int, number: int) -> list[tuple[int, bytes]]:
         """Number and bytes of what is kept of one stream after an event."""
-        return [(n, data) for s, n, _, data in self._entries or () if s == stream and n > number]
+        return [(n, data) for s, n, _, data, _ in self._entries or () if s == stream and n > number]
 
     def knows(self, stream: int) -> bool:
         """Whether anything is kept of a stream."""
@@ -197,10 +214,11 @@ class Feed:
         self.openings = 0
         self.reader: Reader | None = None
 
-    def add(self, text: str, instead: str = "") -> bytes:
+    def add(self, text: str, instead: str = "", topic: str = "") -> bytes:
         """Make an event of a message and give it to whoever reads; the encoded event.
 
-        ``instead`` is kept in its place when it is too large to keep, so that a resumed stream has an answer too.
+        ``topic``: it says that this has changed, so of all such events only the latest is kept. ``instead`` is kept in
+        its place when it is too large to keep, so that a resumed stream has an answer too.
         """
         self.last = number = self.last + 1
         if self.log is None:
@@ -209,7 +227,7 @@ class Feed:
             id = event_id(self.number, number)
             data = encode(text, id=id)
             kept = encode(instead, id=id) if instead and len(data) > MAX_BYTES else data
-            self.log.add(self.number, number, kept, trio.current_time())
+            self.log.add(self.number, number, kept, trio.current_time(), topic)
         if self.reader is not None:
             self.reader.put(number, data)
         return data
@@ -247,21 +265,26 @@ async def follow(request: Request, feed: Feed, reader: Reader, changes: Changes 
     """Write what a reader is given until it is ended, or the server shuts down and nothing is owed any more.
 
     One task, no nursery, no timer: idle streams are many. What is dirty in ``changes`` is announced COALESCE later, in
-    one go. Raises ClientGone when the client has gone or does not read. Cancellation may cut an event.
+    one go, and SPACING after the last time at the earliest: what the hub has spaced, a busy loop could bring together
+    again. Raises ClientGone when the client has gone or does not read. Cancellation may cut an event.
     """
     server = request.server
     reader.wake = request.wake
     comment_at = trio.current_time() + COMMENT_AFTER
+    announced, next_at = False, -inf
     while True:
         data = reader.take()
         if data:
             await request.write(data)
             feed.sent = max(feed.sent, reader.number)
+            if announced:
+                announced, next_at = False, trio.current_time() + SPACING
         elif reader.ended or (server.draining and not feed.owed):
             return
         elif changes is not None and changes.dirty():
-            await trio.sleep(COALESCE)
+            await trio.sleep_until(max(trio.current_time() + COALESCE, next_at))
             changes.announce()
+            announced = True
             continue
         elif trio.current_time() >= comment_at - EARLY:
             await request.write(KEEP_ALIVE)

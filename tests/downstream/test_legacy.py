@@ -776,6 +776,22 @@ def test_RB20_a_log_holds_100_events_1_mib_and_5_minutes() -> None:
     assert budget.used == 0
 
 
+def test_C8_P8_of_changes_a_log_keeps_the_latest_and_nothing_else_is_pushed_out() -> None:
+    budget = Budget()
+    log = EventLog(budget)
+    log.add(0, 1, entry(10), 0.0)
+    for number in range(2, 502, 2):
+        log.add(0, number, entry(20), 0.0, "tools")
+        log.add(0, number + 1, entry(30), 0.0, "resource:a:///1")
+    log.add(0, 502, entry(40), 0.0)
+    assert log.after(0, 0) == [(1, entry(10)), (500, entry(20)), (501, entry(30)), (502, entry(40))]
+    assert budget.used == 100
+    log.expire(streams.MAX_AGE)
+    assert budget.used == 0
+    log.add(0, 503, entry(20), 400.0, "tools")
+    assert log.after(0, 400) == [(503, entry(20))]
+
+
 def test_P8_all_logs_together_are_bounded() -> None:
     budget = Budget(limit=1000)
     logs = [EventLog(budget) for _ in range(5)]
@@ -1000,6 +1016,33 @@ async def test_A5_list_changes_are_announced_once_within_100_ms() -> None:
             assert [m["params"] for m in found if m["method"].endswith("updated")] == [{"uri": "test://a"}]
             house.session.notify(build_notification("notifications/message", '{"level":"info"}'))
             assert (await next_json(stream))["method"] == "notifications/message"  # nothing was said twice
+
+
+async def test_C8_changes_are_told_ten_times_a_second_at_most_and_the_last_one_is() -> None:
+    """Also those that no hub spaces, such as updates of resources."""
+    async with served() as house:
+        session = await house.open()
+        async with house.connect() as peer, trio.open_nursery() as nursery:
+            stream = await peer.get(session)
+            told = []
+
+            async def listen() -> None:
+                while True:
+                    told.append((trio.current_time(), await next_json(stream)))
+
+            nursery.start_soon(listen)
+            started = trio.current_time()
+            for _ in range(100):
+                house.session.mark("resource:test://a")
+                await trio.sleep(0.01)
+            last = trio.current_time()
+            house.session.mark("prompts")
+            with trio.fail_after(5):
+                while "prompts" not in told[-1][1]["method"]:
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    updates = [message for _, message in told if message["method"].endswith("updated")]
+    assert 2 < len(updates) <= (last - started) * 10 + 2
 
 
 async def test_what_happens_while_no_stream_is_open_is_told_when_it_opens() -> None:

@@ -692,6 +692,21 @@ async def test_a_subscription_is_acknowledged_tagged_and_ended() -> None:
                 ("notifications/resources/updated", "test://a"),
             ]
             assert all(m["params"]["_meta"] == tag for m in told)
+            # Told ten times a second at most, also what no hub spaces.
+            started, updates = trio.current_time(), 0
+            async with trio.open_nursery() as nursery:
+
+                async def touch() -> None:
+                    update = {"jsonrpc": "2.0", "method": "notifications/resources/updated"}
+                    for _ in range(100):
+                        script.pipe.say({**update, "params": {"uri": "test://a"}})
+                        await trio.sleep(0.01)
+                    script.pipe.say({"jsonrpc": "2.0", "method": "notifications/prompts/list_changed"})
+
+                nursery.start_soon(touch)
+                while (await response.event()).json["method"].endswith("updated"):
+                    updates += 1
+            assert 2 < updates <= (trio.current_time() - started) * 10 + 2
         with trio.fail_after(5):
             while "resources/unsubscribe" not in script.methods():
                 await trio.sleep(0.01)
