@@ -25,13 +25,13 @@ pytestmark = pytest.mark.real
 ENGINES = os.environ.get("MCP_TEST_ENGINES", "newer").split(",")
 WHOLE = os.environ.get("MCP_TEST_MATRIX") == "whole"
 CELLS = bridge.CELLS if WHOLE else ["LL", "LM", "ML", "MM", "LL_http", "MM_http"]
-PART = ("lists", "call", "progress", "elicitation", "roots")
+PART = ("call", "progress", "elicitation", "roots", "completion")
 ROWS = {
     name.removeprefix("test_bridge_"): function
     for name, function in vars(bridge).items()
     if name.startswith("test_bridge_") and list(inspect.signature(function).parameters) == ["cell"]
 }
-ROWS["lists"] = lambda cell: bridge.test_bridge_lists(cell, "tools/list", "tools")
+del ROWS["cursor"]  # it counts on the order of what a server is told, where a slow start lets the gateway's own list in
 
 
 class ContainerHouse(House):
