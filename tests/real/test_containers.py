@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,12 +106,14 @@ def test_K17_D1_a_server_over_http_in_a_container(
 def test_K20_a_network_of_the_engine(docker: Engine, tmp_path: Path) -> None:
     args = ("/app/anywhere.py", "/app/peer_server.py", "--era", "modern", "--http", "8080")
     name = f"mcp-test-{os.getpid()}"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        free = listening.getsockname()[1]
     docker.api("POST", "/networks/create", {"Name": name})
     try:
         entries = [
             docker.entry("web", *args, runtime={"port": 8080, "network": name}),
             docker.entry("lost", runtime={"network": "no-such-network"}),
-            docker.entry("host", *args[:-1], "18085", runtime={"port": 18085, "network": "host"}),
+            docker.entry("host", *args[:-1], str(free), runtime={"port": free, "network": "host"}),
         ]
         with RunningGateway(tmp_path, entries) as gateway:
             assert gateway.rest("web", "tools/list")["result"]["tools"]
@@ -344,12 +347,12 @@ def test_D6_K19_places_of_the_machine_are_refused_unless_named(docker: DockerEng
     (tmp_path / "data" / "f").write_text("mine")
     (tmp_path / "data").chmod(0o755)
     (tmp_path / "sly").symlink_to("/etc")
-    socket = docker.host.removeprefix("unix://")
+    path = docker.host.removeprefix("unix://")
     volumes = {
         "root": "/:/host:ro",
         "etc": "/etc/ssl:/x:ro",
-        "socket": f"{socket}:/var/run/docker.sock",
-        "above": f"{Path(socket).parent}:/x",
+        "socket": f"{path}:/var/run/docker.sock",
+        "above": f"{Path(path).parent}:/x",
         "sly": "./sly:/x:ro",
         "fine": "./data:/data:ro",
         "writable": "./data:/data",

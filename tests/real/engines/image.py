@@ -49,14 +49,14 @@ APPLETS = [
 PYTHON = os.path.realpath(os.path.join(sys.base_prefix, "bin", f"python3.{sys.version_info[1]}"))
 LIBRARY = sysconfig.get_path("stdlib", vars={"base": sys.base_prefix, "installed_base": sys.base_prefix})
 ANYWHERE = """\
-import os, runpy, socket, sys
+import os, runpy, socket, sys, zlib
 # A server that binds 127.0.0.1 can't be reached from outside its container.
 class Socket(socket.socket):
     def bind(self, address):
         super().bind(("0.0.0.0", address[1]) if address[0] == "127.0.0.1" else address)
 socket.socket = Socket
 # Every container has a process 7: what servers write down together tells them apart by their hosts.
-number = int(socket.gethostname()[:8], 16)
+number = zlib.crc32(socket.gethostname().encode())
 os.getpid = lambda: number
 sys.argv = sys.argv[1:]
 sys.path.insert(0, "/app")
