@@ -9,14 +9,15 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROWS = [
     *(f"G{n}" for n in range(1, 22)),
-    *(f"K{n}" for n in (*range(1, 24), 28, 29, 30)),
+    *(f"K{n}" for n in range(1, 31)),
     *(f"H{n}" for n in (*range(1, 10), *range(13, 37), *range(38, 42))),
     *(f"C{n}" for n in range(1, 18)),
     *(f"S{n}" for n in range(1, 11)),
     *(f"L{n}" for n in range(1, 18)),
     *(f"W{n}" for n in range(1, 13)),
+    *(f"D{n}" for n in (7, 8, 11, 12, 13)),
     *("A1", "A6", "A10", "D16", "H6b", "O2", "O3", "O4", "O5", "O9"),
-    *(f"RB{n:02d}" for n in (*range(1, 14), *range(20, 30), *range(30, 34), *range(50, 56), 60, 61, 62, 65)),
+    *(f"RB{n:02d}" for n in (*range(1, 14), *range(20, 30), *range(30, 34), *range(50, 56), *range(60, 66))),
     *("RB70", "RB80", "RB83"),
 ]
 

@@ -266,15 +266,29 @@ class _Forwarded(trio.abc.Stream):
     async def _flush(self) -> None:
         try:
             while self._unsent:
-                await self._socket.wait_writable()
                 self._socket.send_nowait(BINARY, bytes((DATA_CHANNEL,)), bytes(self._unsent[:MESSAGE]))
                 del self._unsent[:MESSAGE]
+                if self._socket.full:
+                    await self._room()
         except Broken as error:
             raise trio.BrokenResourceError(self._said() or str(error)) from error
 
+    async def _room(self) -> None:
+        """Return when everything is on its way. Raises Broken. The task that a socket wants lives for as long."""
+        failure: Broken | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._socket.flush_always)
+            try:
+                await self._socket.wait_writable()
+            except Broken as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
     async def wait_send_all_might_not_block(self) -> None:
         """See trio."""
-        await self._socket.wait_writable()
+        await self._flush()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See trio."""

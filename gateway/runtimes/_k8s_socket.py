@@ -162,10 +162,10 @@ class Socket:
     @property
     def stirred(self) -> bool:
         """Whether there is anything to receive, were it only the end."""
-        if self.over or self._early or (self._tls and self._sock.pending()):  # type: ignore[attr-defined]
+        if self.over or self._early:
             return True
         poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
+        poll.register(self._fd, select.POLLIN)
         return bool(poll.poll(0))
 
     def send_nowait(self, opcode: int, *parts: bytes | memoryview) -> None:

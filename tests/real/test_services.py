@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from running import RunningGateway, command
 from services import SDK_IMAGE, Cluster, account, rule, service, until, workload
 
-from gateway.errors import GatewayError, StartFailed
+from gateway.errors import GatewayError, LinkLost, StartFailed
 from gateway.protocol.eras import Era
 from gateway.runtimes import _k8s, _k8s_access
 from gateway.runtimes.base import Origin, Surroundings
@@ -114,16 +114,23 @@ async def spoken_to(origin: Origin, *eras: Era) -> AsyncIterator[UpstreamLink]:
         yield link
 
 
-async def call(link: UpstreamLink, tool: str, **arguments: Any) -> str:
-    """A tool's text."""
-    reply = await link.request("tools/call", json.dumps({"name": tool, "arguments": arguments}), timeout=60)
+async def call(link: UpstreamLink, tool: str, *, tries: int = 1, **arguments: Any) -> str:
+    """A tool's text. ``tries``: the proxies of this old API cut one event stream in a hundred short, which is told."""
+    while True:
+        try:
+            reply = await link.request("tools/call", json.dumps({"name": tool, "arguments": arguments}), timeout=60)
+            break
+        except LinkLost as error:
+            tries -= 1
+            if not tries or "dropped the connection" not in error.message:
+                raise
     assert "content" in reply.result, reply.text
     return str(reply.result["content"][0]["text"])
 
 
-async def host(link: UpstreamLink) -> str:
+async def host(link: UpstreamLink, tries: int = 1) -> str:
     """The pod that answers."""
-    return str(json.loads(await call(link, "whoami"))["host"])
+    return str(json.loads(await call(link, "whoami", tries=tries))["host"])
 
 
 # --------------------------------------------------------------------------------------------------- ways and eras
@@ -143,9 +150,10 @@ async def test_E1_K27_every_way_serves_both_eras(
                 return
             async with spoken_to(origin, era) as link:
                 assert link.era is era
-                assert await call(link, "echo", text="hi") == "hi"
-                assert await call(link, "echo", text=letters) == letters
-                seen = {await host(link) for _ in range(8)}
+                tries = 5 if "proxy" in way else 1
+                assert await call(link, "echo", tries=tries, text="hi") == "hi"
+                assert await call(link, "echo", tries=tries, text=letters) == letters
+                seen = {await host(link, tries) for _ in range(8)}
             if era is Era.LEGACY:
                 assert len(seen) == 1, "a session stays at its pod"
             elif not way.startswith("service proxy"):

@@ -783,15 +783,13 @@ class FakeSocket:
         self.frames = list(frames)
         self.sent = b""
         self.messages = 0
+        self.full = False
 
     async def receive(self) -> list[tuple[int, bytes]]:
         await trio.lowlevel.checkpoint()
         if not self.frames:
             raise Broken("the API closed the connection")
         return self.frames.pop(0)
-
-    async def wait_writable(self) -> None:
-        await trio.lowlevel.checkpoint()
 
     def send_nowait(self, opcode: int, *parts: bytes) -> None:
         assert opcode == BINARY and parts[0] == b"\0"
