@@ -149,7 +149,7 @@ class Aggregate:
         route = self._known_route(face, method, name, client, principal)
         fault = missing.get(suspects[0].id) if suspects and route is None else None
         if fault is not None:
-            raise type(fault)(fault.message, retry_after=fault.retry_after) from fault
+            raise fault.anew() from fault
         return route
 
     def _known_route(self, face: Face, method: str, name: str, client: Client, principal: Principal) -> Route | None:
@@ -260,7 +260,7 @@ class Aggregate:
         dead = [fault for fault in missing.values() if not isinstance(fault, UpstreamTimeout)]
         if missing and face.plan.own:
             fault = missing[face.specs[0].id]
-            raise type(fault)(fault.message, retry_after=fault.retry_after) from fault
+            raise fault.anew() from fault
         if missing and len(dead) == len(face.specs):
             reasons = "; ".join(f"{id}: {fault.message}" for id, fault in missing.items())
             raise ServerProtocolError(f"No server could be listed: {reasons}", code=-32603)

@@ -10,7 +10,7 @@ The tree is design.md section 10. Nothing here imports from the rest of the pack
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import attrs
 
@@ -63,6 +63,19 @@ class GatewayError(Exception):
             self.status = status
         if retry_after is not None:
             self.retry_after = retry_after
+
+    def anew(self, message: str | None = None, *, retry_after: float | None = None) -> Self:
+        """The same fault for another caller, who needs an exception with a traceback of its own; other words if given.
+
+        It has all that this one has, whatever its class's constructor wants.
+        """
+        text = self.message if message is None else message
+        other = type(self).__new__(type(self), text)
+        other.__dict__.update(self.__dict__)
+        other.message = text
+        if retry_after is not None:
+            other.retry_after = retry_after
+        return other
 
 
 @attrs.frozen

@@ -401,7 +401,7 @@ class Unit:
             await self._changed.wait()
             failure = self._failure
             if starting and self.link is None and failure is not None:
-                raise type(failure)(failure.message, retry_after=failure.retry_after) from failure
+                raise failure.anew() from failure
 
     async def hold_ready(self, deadline: float) -> None:
         """``hold`` it, started; then ``unhold``. Raises StartFailed, UpstreamTimeout at ``deadline``."""
@@ -424,8 +424,8 @@ class Unit:
         wait = admit(self.state, trio.current_time(), by_hand=by_hand)
         if wait > 0:
             circuit = "circuit open, " if self.state.circuit_open else ""
-            kind = type(self._failure) if isinstance(self._failure, StartFailed) else StartFailed
-            raise kind(
+            last = self._failure if isinstance(self._failure, StartFailed) else StartFailed("")
+            raise last.anew(
                 f"Server '{self.spec.id}' failed {self.state.failures} times in a row ({circuit}next attempt in "
                 f"{wait:.1f} s): {self.state.last_error}",
                 retry_after=wait,
@@ -710,7 +710,7 @@ class Unit:
             # All who wait for this start are told now, also those who wait for a slot.
             for turn in self._queue:
                 if not turn.task.is_set():
-                    turn.error = type(failure)(failure.message, retry_after=failure.retry_after)
+                    turn.error = failure.anew()
                     turn.task.set()
             self._queue.clear()
         if self._disposable and self.active == 0 and self.holds == 0:

@@ -1,8 +1,8 @@
 """A real Kubernetes for tests: a private one, and what to ask it directly.
 
-``kube`` is started when the first test wants it and kept for all of them. Import it into the test file, and what it
-rests on: ``from tests.clusters import kube, namespace``. MCP_TEST_KUBECONFIG names a cluster that runs already; its
-nodes need the image ``mcp-fixtures:1`` (tests/real/engines/image.py).
+``kube`` is started when the first test wants it and kept for all of them (tests/real/conftest.py).
+MCP_TEST_KUBECONFIG names a cluster that runs already; its nodes need the image ``mcp-fixtures:1``
+(tests/real/engines/image.py).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Kube:
         path.write_text(json.dumps(whole))
         return path
 
-    def job(self, namespace: str, *args: str, **keys: Any) -> dict[str, Any]:
+    def job(self, namespace: str, /, *args: str, **keys: Any) -> dict[str, Any]:
         """An entry's ``runtime`` for a fixture in a Job here; by default the echo server."""
         runtime: dict[str, Any] = {"type": "k8s-job", "namespace": namespace, "image": IMAGE, "user": 1000}
         runtime |= {"image_pull_policy": "IfNotPresent"}

@@ -109,6 +109,7 @@ class Script:
     answer: Callable[[MemoryPipe, dict[str, Any]], None] | None = None
     facts: dict[str, Any] = attrs.field(factory=lambda: dict(FACTS))
     fail_starts: int = 0
+    refusal: StartFailed | None = None
     silent: bool = False
     modern: bool = False
     probes: int = 0
@@ -183,6 +184,8 @@ async def open_scripted(spec: ScriptedSpec, surroundings: Surroundings) -> Async
     if script.fail_starts:
         script.fail_starts -= 1
         raise StartFailed("process exited with code 1")
+    if script.refusal is not None:
+        raise script.refusal
     pipe = MemoryPipe(script.on_line)
     script.pipes.append(pipe)
     script.running += 1

@@ -265,6 +265,20 @@ async def test_RB07_a_start_that_gets_on_is_not_cut_off_and_says_what_it_does(
     assert house.supervisor.status("s").progress == ""
 
 
+async def test_RB61_every_waiter_is_told_what_a_runtime_says_in_an_error_of_its_own(house: House) -> None:
+    class Refused(StartFailed):
+        def __init__(self, message: str, *, answer: int) -> None:
+            super().__init__(message)
+            self.answer = answer
+
+    script = Script(refusal=Refused("the engine refuses: no room", answer=507))
+    unit = house.unit(script)
+    for wanted in ("^the engine refuses: no room$", "^the engine refuses: no room$", r"failed 2 times .*: the engine"):
+        with pytest.raises(Refused, match=wanted) as caught:
+            await call(unit)
+        assert caught.value.answer == 507
+
+
 async def test_RB05_a_start_that_does_not_advance_is_cut_off_with_its_last_word(
     house: House, autojump_clock: MockClock
 ) -> None:

@@ -1,4 +1,4 @@
-"""Container engines, started when the first test wants one and kept for all of them."""
+"""Container engines and a cluster, started when the first test wants one and kept for all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import kube, namespace
 from engines import Engine, open_engine
+
+__all__ = ["docker", "engine", "engine_named", "kube", "namespace"]
 
 ENGINES = ("20.10", "newer", "podman")
 """Docker's oldest and newest API that we speak, and Podman."""

@@ -12,9 +12,7 @@ import trio
 from gateway.runtimes.base import Pipe, Surroundings
 from gateway.runtimes.k8s_job import K8sJobSpec, open_job
 from tests import kit
-from tests.clusters import IMAGE, Kube, kube, namespace
-
-__all__ = ["kube", "namespace"]
+from tests.clusters import IMAGE, Kube
 
 pytestmark = pytest.mark.real
 

@@ -27,9 +27,7 @@ from gateway.runtimes import _k8s, _k8s_access
 from gateway.runtimes.base import Origin, Surroundings
 from gateway.runtimes.k8s_service import K8sServiceSpec, Scale, open_service
 from gateway.upstream.connect import Terms, UpstreamLink, connect
-from tests.clusters import Kube, kube
-
-__all__ = ["kube"]  # a fixture
+from tests.clusters import Kube
 
 pytestmark = pytest.mark.real
 

@@ -15,12 +15,11 @@ from peers import House, Record
 from running import RunningGateway
 from services import Cluster, service, until, workload
 
-from tests.clusters import IMAGE, Kube, kube
+from tests.clusters import IMAGE, Kube
 from tests.scenarios import test_bridge
 from tests.scenarios.test_bridge import Cell
 
 pytestmark = pytest.mark.real
-__all__ = ["kube"]  # a fixture
 
 CELLS = ("LL_http", "LM_http", "ML_http", "MM_http")
 
