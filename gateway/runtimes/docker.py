@@ -2,9 +2,9 @@
 
 A container gets what its entry says and nothing of the gateway's own environment. It is safe by default (robustness
 RB65): no new privileges, no capabilities, limits on memory, CPU and processes, an init process, and of this machine
-only the paths that ``_mounts`` lets through. Each relaxation is a key of its own, and ``check`` prints it.
+only the paths that ``containers.mounts`` lets through. Each relaxation is a key of its own, and ``check`` prints it.
 
-What runs a container is imported by the first one: see ``_docker``.
+What runs a container is imported by the first one: see ``containers.life``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from functools import partial
 from typing import Final
 
 from gateway.config.model import Secret, reveal
-from gateway.runtimes._docker_spec import CPU, MEMORY, PIDS, Amounts, DockerSpec, Resources, limits_of
-from gateway.runtimes._mounts import parse_mount, refusal, resolved
 from gateway.runtimes._quantities import shown_bytes
 from gateway.runtimes.base import Place, Runtime, Surroundings
+from gateway.runtimes.containers.mounts import parse_mount, refusal, resolved
+from gateway.runtimes.containers.spec import CPU, MEMORY, PIDS, Amounts, DockerSpec, Resources, limits_of
 
 __all__ = ["PODMAN", "RUNTIME", "Amounts", "DockerSpec", "Resources"]
 
@@ -70,8 +70,8 @@ def advise(spec: DockerSpec, surroundings: Surroundings) -> Sequence[str]:
 
 
 def _sockets(environ: Mapping[str, str]) -> list[str]:
-    """See ``_engine.sockets_of``, without what importing that costs where there is nothing to look at."""
-    from gateway.runtimes._engine import sockets_of
+    """See ``containers.engine.sockets_of``, without what importing that costs where there is nothing to look at."""
+    from gateway.runtimes.containers.engine import sockets_of
 
     return sockets_of(environ)
 
@@ -79,8 +79,8 @@ def _sockets(environ: Mapping[str, str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- running
 @asynccontextmanager
 async def _open(type: str, spec: DockerSpec, surroundings: Surroundings) -> AsyncIterator[Place]:
-    """A running container for as long as the block lasts; see ``_docker.open_container``."""
-    from gateway.runtimes._docker import open_container
+    """A running container for as long as the block lasts; see ``containers.life.open_container``."""
+    from gateway.runtimes.containers.life import open_container
 
     async with open_container(type, spec, surroundings) as place:
         yield place
@@ -88,7 +88,7 @@ async def _open(type: str, spec: DockerSpec, surroundings: Surroundings) -> Asyn
 
 async def _sweep(type: str, where: str, instance: str, environ: Mapping[str, str]) -> None:
     """See ``base.Runtime.sweep``."""
-    from gateway.runtimes._docker import sweep
+    from gateway.runtimes.containers.life import sweep
 
     await sweep(type, where, instance, environ)
 

@@ -1,7 +1,7 @@
 """Servers as Kubernetes Jobs of one pod (compat K24-K26), and what ``check`` says of an entry.
 
-Each start makes a Job of its own and each stop removes it. How the pod looks is ``_k8s_manifest``; what runs it,
-``_k8s_pod``, is imported by the first start.
+Each start makes a Job of its own and each stop removes it. How the pod looks is ``kubernetes.manifest``; what runs it,
+``kubernetes.pod``, is imported by the first start.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from gateway.config.model import Secret, StringMap
 from gateway.errors import StartFailed
-from gateway.runtimes._k8s_job_spec import EnvFrom, K8sJobSpec, Quantities, Resources, Toleration, Tree, Volume
 from gateway.runtimes.base import Pipe, Runtime, Surroundings
+from gateway.runtimes.kubernetes.job_spec import EnvFrom, K8sJobSpec, Quantities, Resources, Toleration, Tree, Volume
 
 __all__ = ["RUNTIME", "EnvFrom", "K8sJobSpec", "Quantities", "Resources", "Toleration", "Tree", "Volume", "open_job"]
 
@@ -21,7 +21,7 @@ __all__ = ["RUNTIME", "EnvFrom", "K8sJobSpec", "Quantities", "Resources", "Toler
 # -------------------------------------------------------------------------------------------------------------- advice
 def advise(spec: K8sJobSpec, surroundings: Surroundings) -> Sequence[str]:
     """See ``base.Runtime.advice``."""
-    from gateway.runtimes._k8s_manifest import Identity, build, relaxations
+    from gateway.runtimes.kubernetes.manifest import Identity, build, relaxations
 
     try:
         made = build(spec, Identity("mcp", surroundings.server_id, "x"), surroundings.env, lambda text: False, 1)
@@ -43,8 +43,8 @@ def _holds_secret(value: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------------- running
 @asynccontextmanager
 async def open_job(spec: K8sJobSpec, surroundings: Surroundings) -> AsyncIterator[Pipe]:
-    """A Job for as long as the block lasts; see ``_k8s_pod.open_pod``."""
-    from gateway.runtimes._k8s_pod import open_pod
+    """A Job for as long as the block lasts; see ``kubernetes.pod.open_pod``."""
+    from gateway.runtimes.kubernetes.pod import open_pod
 
     async with open_pod(spec, surroundings) as pod:
         yield pod
@@ -52,9 +52,9 @@ async def open_job(spec: K8sJobSpec, surroundings: Surroundings) -> AsyncIterato
 
 async def sweep(where: str, instance: str, environ: Mapping[str, str]) -> None:
     """See ``base.Runtime.sweep``."""
-    from gateway.runtimes import _k8s_pod
+    from gateway.runtimes.kubernetes import pod as job_pod
 
-    await _k8s_pod.sweep(where, instance, environ)
+    await job_pod.sweep(where, instance, environ)
 
 
 RUNTIME: Final = Runtime("k8s-job", K8sJobSpec, open_job, advice=advise, sweep=sweep)

@@ -1,7 +1,7 @@
 """Servers behind Kubernetes Services, which speak Streamable HTTP (compat K27); scaled from zero and back if wanted.
 
-Inside the cluster the pods are reached at their addresses, from outside through the API (``_k8s_routes``). Which pods
-there are is watched (``_k8s_endpoints``); the workload behind them is scaled as ``_k8s_scale`` says.
+Inside the cluster the pods are reached at their addresses, from outside through the API (``kubernetes.routes``). Which
+pods there are is watched (``kubernetes.endpoints``); the workload behind them is scaled as ``kubernetes.scale`` says.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from gateway.runtimes.base import Origin, Runtime, Surroundings
 from gateway.runtimes.remote_sse import check_headers
 
 if TYPE_CHECKING:
-    from gateway.runtimes._k8s import Cluster
-    from gateway.runtimes._k8s_endpoints import Endpoints
-    from gateway.runtimes._k8s_routes import Load
-    from gateway.runtimes._k8s_scale import Scaler, Target
+    from gateway.runtimes.kubernetes.api import Cluster
+    from gateway.runtimes.kubernetes.endpoints import Endpoints
+    from gateway.runtimes.kubernetes.routes import Load
+    from gateway.runtimes.kubernetes.scale import Scaler, Target
 
 __all__ = ["RUNTIME", "K8sServiceSpec", "Scale", "lease_name", "open_service"]
 
@@ -106,9 +106,9 @@ async def open_service(spec: K8sServiceSpec, surroundings: Surroundings) -> Asyn
     Raises StartFailed: no cluster, no such Service or port, no rights, no pods. Leaving the block takes the workload
     down if that is ours to do and nobody else uses it.
     """
-    from gateway.runtimes._k8s import open_cluster, path_of
-    from gateway.runtimes._k8s_endpoints import Endpoints, port_of
-    from gateway.runtimes._k8s_routes import Load, choose_route
+    from gateway.runtimes.kubernetes.api import open_cluster, path_of
+    from gateway.runtimes.kubernetes.endpoints import Endpoints, port_of
+    from gateway.runtimes.kubernetes.routes import Load, choose_route
 
     try:
         headers = check_headers(spec.headers)
@@ -160,7 +160,7 @@ def _plain() -> Iterator[None]:
 
 
 def _balanced(*args: Any) -> Any:
-    from gateway.runtimes._k8s_routes import Balanced
+    from gateway.runtimes.kubernetes.routes import Balanced
 
     return Balanced(*args)
 
@@ -225,8 +225,8 @@ async def _until_ready(
 
 async def _state_of(cluster: Cluster, target: Target, listed: int) -> str:
     """What a workload waits for."""
-    from gateway.runtimes._k8s import path_of
-    from gateway.runtimes._k8s_scale import why_not_ready
+    from gateway.runtimes.kubernetes.api import path_of
+    from gateway.runtimes.kubernetes.scale import why_not_ready
 
     try:
         workload = await cluster.get(target.path)
@@ -267,14 +267,14 @@ def _remark(endpoints: Endpoints) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- scaling
 def _target(spec: K8sServiceSpec, scale: Scale) -> Target:
-    from gateway.runtimes._k8s_scale import Target
+    from gateway.runtimes.kubernetes.scale import Target
 
     return Target(spec.namespace, scale.kind, scale.name, scale.min, scale.max, lease_name(scale))
 
 
 def _scaler(spec: K8sServiceSpec, scale: Scale, cluster: Cluster, surroundings: Surroundings) -> Scaler:
-    from gateway.runtimes._k8s import on_cluster
-    from gateway.runtimes._k8s_scale import Scaler
+    from gateway.runtimes.kubernetes.api import on_cluster
+    from gateway.runtimes.kubernetes.scale import Scaler
 
     user = surroundings.instance.id if surroundings.instance is not None else uuid4().hex
     again = partial(on_cluster, cluster.access, surroundings.environ)
@@ -287,7 +287,7 @@ async def _used(scaler: Scaler | None, surroundings: Surroundings) -> AsyncItera
     if scaler is None:
         yield
         return
-    from gateway.runtimes._k8s_scale import LEAVE_LIMIT
+    from gateway.runtimes.kubernetes.scale import LEAVE_LIMIT
 
     instance = surroundings.instance
     if instance is not None:
@@ -320,8 +320,8 @@ async def _beating(scaler: Scaler | None) -> AsyncIterator[None]:
 
 async def sweep(where: str, instance: str, environ: Mapping[str, str]) -> None:
     """Take a dead gateway off the workload that ``where`` names, which goes down if that was the last one (RB62)."""
-    from gateway.runtimes._k8s import open_cluster
-    from gateway.runtimes._k8s_scale import Scaler, Target
+    from gateway.runtimes.kubernetes.api import open_cluster
+    from gateway.runtimes.kubernetes.scale import Scaler, Target
 
     try:
         left = json.loads(where)

@@ -23,9 +23,10 @@ from services import SDK_IMAGE, Cluster, account, rule, service, until, workload
 
 from gateway.errors import GatewayError, LinkLost, StartFailed
 from gateway.protocol.eras import Era
-from gateway.runtimes import _k8s, _k8s_access
 from gateway.runtimes.base import Origin, Surroundings
 from gateway.runtimes.k8s_service import K8sServiceSpec, Scale, open_service
+from gateway.runtimes.kubernetes import access as cluster_access
+from gateway.runtimes.kubernetes import api as kube_api
 from gateway.upstream.connect import Terms, UpstreamLink, connect
 from tests.clusters import Kube
 
@@ -88,8 +89,8 @@ class Place:
 
 def in_pod(folder: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> dict[str, str]:
     """Have the runtime believe that it runs in a pod with this service account: pods' addresses are reachable here."""
-    find = functools.partial(_k8s_access.find_access, service_account=folder)
-    monkeypatch.setattr(_k8s, "find_access", find)
+    find = functools.partial(cluster_access.find_access, service_account=folder)
+    monkeypatch.setattr(kube_api, "find_access", find)
     host, _, port = cluster.server.removeprefix("https://").partition(":")
     return {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
 

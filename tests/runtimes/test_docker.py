@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.config.model import Secret, StringMap
-from gateway.runtimes._container import Frames, usage
-from gateway.runtimes._docker_spec import limits_of
-from gateway.runtimes._engine import parse_address
-from gateway.runtimes._images import PullProgress, credentials, explain
-from gateway.runtimes._mounts import device_of, parse_mount, refusal, resolved
-from gateway.runtimes._plan import container_body, parse_env_file
 from gateway.runtimes._quantities import memory_bytes, nano_cpus, shown_bytes
-from gateway.runtimes._reference import parse_reference
 from gateway.runtimes.base import Surroundings
+from gateway.runtimes.containers.container import Frames, usage
+from gateway.runtimes.containers.engine import parse_address
+from gateway.runtimes.containers.images import PullProgress, credentials, explain
+from gateway.runtimes.containers.mounts import device_of, parse_mount, refusal, resolved
+from gateway.runtimes.containers.plan import container_body, parse_env_file
+from gateway.runtimes.containers.reference import parse_reference
+from gateway.runtimes.containers.spec import limits_of
 from gateway.runtimes.docker import RUNTIME, Amounts, DockerSpec, Resources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -576,7 +576,7 @@ async def test_K17_credential_helpers(tmp_path: Path) -> None:
 
 
 async def test_K17_a_credential_helper_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.runtimes._images.HELPER_LIMIT", 0.3)
+    monkeypatch.setattr("gateway.runtimes.containers.images.HELPER_LIMIT", 0.3)
     path = tmp_path / "docker-credential-slow"
     path.write_text("#!/bin/sh\nexec sleep 60\n")
     path.chmod(0o755)

@@ -16,9 +16,9 @@ import trio
 
 from gateway.config.model import Secret, StringMap
 from gateway.errors import LinkLost, StartFailed
-from gateway.runtimes import _docker
-from gateway.runtimes._engine import EngineGone, find_engine
 from gateway.runtimes.base import Pipe, Surroundings
+from gateway.runtimes.containers import life
+from gateway.runtimes.containers.engine import EngineGone, find_engine
 from gateway.runtimes.docker import PODMAN, RUNTIME, DockerSpec
 
 VERSION = {"ApiVersion": "1.45", "MinAPIVersion": "1.24", "Components": [{"Name": "Engine"}]}
@@ -153,8 +153,8 @@ async def cut(stream: trio.SocketStream) -> None:
 
 @pytest.fixture
 async def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeEngine]:
-    monkeypatch.setattr(_docker, "_seen", set())
-    monkeypatch.setattr(_docker, "_left", {})
+    monkeypatch.setattr(life, "_seen", set())
+    monkeypatch.setattr(life, "_left", {})
     engine = FakeEngine(tmp_path)
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.serve)
@@ -311,7 +311,7 @@ async def test_D7_what_is_no_usable_engine(fake: FakeEngine, answer: Answer, tex
 
 
 async def test_D7_an_engine_that_hangs(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.runtimes._engine.CONNECT_LIMIT", 0.3)
+    monkeypatch.setattr("gateway.runtimes.containers.engine.CONNECT_LIMIT", 0.3)
     fake.answers["GET", "/version"] = hang
     assert "has not answered within 0.3 s" in await refused(fake)
 
@@ -385,14 +385,14 @@ async def test_RB60_an_engine_that_vanishes_is_told_and_what_is_left_is_remember
         await pipe.wait_exited()
         assert pipe.diagnosis() in (f"the Docker engine at unix://{fake.path} went away", "container was removed")
     assert instance.left == 1
-    assert _docker._left == {f"unix://{fake.path}": {"c0ffee"}}
+    assert life._left == {f"unix://{fake.path}": {"c0ffee"}}
     fresh = FakeEngine(fake.path.parent)
     fake.answers = fresh.answers
     fresh.exited = fake.exited = trio.Event()
     removed = len([1 for asked in fake.asked if asked[0] == "DELETE"])
     async with opened(fake, instance=instance):
         assert len([1 for asked in fake.asked if asked[0] == "DELETE"]) == removed + 1, "the next start removes it"
-        assert not _docker._left[f"unix://{fake.path}"]
+        assert not life._left[f"unix://{fake.path}"]
 
 
 async def test_RB60_an_engine_that_was_there_is_waited_for(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,8 +454,8 @@ async def test_RB61_a_pull_that_breaks_off_or_floods(fake: FakeEngine) -> None:
 async def test_RB62_a_fixed_name_is_taken_over_from_the_dead_only(
     fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_docker, "NAME_WAIT", 0.5)
-    monkeypatch.setattr(_docker, "SWEEP_WAIT", 0.3)
+    monkeypatch.setattr(life, "NAME_WAIT", 0.5)
+    monkeypatch.setattr(life, "SWEEP_WAIT", 0.3)
     spec = DockerSpec("acme/box:1", container_name="mine")
     taken = True
 
@@ -513,7 +513,7 @@ async def test_P6_a_removal_that_is_refused_for_a_moment_is_tried_again(fake: Fa
 
 
 async def test_P6_a_removal_that_fails_is_told(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_docker, "REMOVE_WAIT", 0.3)
+    monkeypatch.setattr(life, "REMOVE_WAIT", 0.3)
     fake.answers["DELETE", "/containers/c0ffee"] = (500, {"message": "device busy"})
     instance = Instance()
     async with opened(fake, instance=instance):

@@ -16,9 +16,9 @@ import pytest
 import trio
 
 from gateway.errors import StartFailed
-from gateway.runtimes import _k8s_access
-from gateway.runtimes._k8s import on_cluster
-from gateway.runtimes._k8s_access import Access, Credentials, Plugin, find_access, proxy_for, tls_context
+from gateway.runtimes.kubernetes import access as cluster_access
+from gateway.runtimes.kubernetes.access import Access, Credentials, Plugin, find_access, proxy_for, tls_context
+from gateway.runtimes.kubernetes.api import on_cluster
 from tests.fixtures.http_scripted import Answer, Request, serve
 
 TLS = Path(__file__).parents[1] / "fixtures" / "tls"
@@ -131,7 +131,7 @@ def test_K24_without_memory_files_a_key_is_on_disk_for_a_moment(
 ) -> None:
     monkeypatch.delattr(os, "memfd_create")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with _k8s_access._as_file("secret") as name:
+    with cluster_access._as_file("secret") as name:
         assert Path(name).read_text() == "secret"
         assert stat.S_IMODE(os.stat(name).st_mode) == 0o600
     assert os.listdir(tmp_path) == []
@@ -256,10 +256,10 @@ async def test_RB63_a_token_is_read_again_in_time(tmp_path: Path, autojump_clock
     assert await credentials.headers() == [("Authorization", "Bearer first")]
     (folder / "token").write_text("second")
     assert await credentials.headers() == [("Authorization", "Bearer first")]
-    await trio.sleep(_k8s_access.TOKEN_AGE)
+    await trio.sleep(cluster_access.TOKEN_AGE)
     assert await credentials.headers() == [("Authorization", "Bearer second")]
     (folder / "token").unlink()
-    await trio.sleep(_k8s_access.TOKEN_AGE)
+    await trio.sleep(cluster_access.TOKEN_AGE)
     assert await credentials.headers() == [("Authorization", "Bearer second")], "while it is being replaced"
 
 
@@ -319,7 +319,7 @@ async def test_K28_a_plugin_that_fails_is_told(tmp_path: Path, code: str, told: 
 
 
 async def test_K28_a_plugin_that_hangs_or_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_k8s_access, "PLUGIN_LIMIT", 0.3)
+    monkeypatch.setattr(cluster_access, "PLUGIN_LIMIT", 0.3)
     hangs = plugin(tmp_path, "import time\ntime.sleep(600)")
     with pytest.raises(StartFailed, match=r"did not end within 0\.3 s"):
         await Credentials(Access("https://k", "mcp", "a test", plugin=hangs), dict(os.environ)).headers()

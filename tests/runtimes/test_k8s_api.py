@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from gateway.errors import StartFailed
-from gateway.runtimes._k8s import Cluster, Refused, Unreachable, on_cluster, path_of
-from gateway.runtimes._k8s_access import Access
+from gateway.runtimes.kubernetes.access import Access
+from gateway.runtimes.kubernetes.api import Cluster, Refused, Unreachable, on_cluster, path_of
 from tests.fixtures.http_scripted import Answer, Hangup, Request, Server, serve
 
 TLS = Path(__file__).parents[1] / "fixtures" / "tls"
@@ -175,7 +175,7 @@ async def test_K24_html_and_endless_answers_are_refused(monkeypatch: pytest.Monk
     async with scripted(html, {"x": "y" * 2000}) as (cluster, _, _):
         with pytest.raises(Unreachable, match="no JSON object"):
             await cluster.get(PODS, patience=0)
-        monkeypatch.setattr("gateway.runtimes._k8s.MAX_ANSWER", 1000)
+        monkeypatch.setattr("gateway.runtimes.kubernetes.api.MAX_ANSWER", 1000)
         with pytest.raises(Unreachable, match="over 1000 bytes"):
             await cluster.get(PODS, patience=0)
 
@@ -323,8 +323,8 @@ async def test_RB63_the_api_goes_away_and_comes_back() -> None:
 
 
 async def test_RB63_a_watch_that_is_silently_dead_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.runtimes._k8s.WATCH_SECONDS", 0)
-    monkeypatch.setattr("gateway.runtimes._k8s.WATCH_SLACK", 0.3)
+    monkeypatch.setattr("gateway.runtimes.kubernetes.api.WATCH_SECONDS", 0)
+    monkeypatch.setattr("gateway.runtimes.kubernetes.api.WATCH_SLACK", 0.3)
 
     async def silent(request: Request, answer: Answer) -> None:
         await answer.start_stream()

@@ -13,7 +13,6 @@ import pytest
 
 from gateway.config.model import Secret, StringMap
 from gateway.errors import StartFailed
-from gateway.runtimes._k8s_manifest import Identity, Manifests, build, job_name, label_value, relaxations
 from gateway.runtimes.base import Surroundings
 from gateway.runtimes.k8s_job import (
     RUNTIME,
@@ -26,6 +25,7 @@ from gateway.runtimes.k8s_job import (
     Volume,
     advise,
 )
+from gateway.runtimes.kubernetes.manifest import Identity, Manifests, build, job_name, label_value, relaxations
 
 PLAIN = K8sJobSpec("mcp", "acme/box:1")
 TOKEN = Secret("${TOKEN}", "s3cret")

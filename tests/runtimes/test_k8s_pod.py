@@ -17,11 +17,11 @@ from wsproto.frame_protocol import FrameProtocol, Opcode
 
 from gateway.config.model import StringMap
 from gateway.errors import LinkLost, StartFailed
-from gateway.runtimes import _k8s_pod
-from gateway.runtimes._k8s_pod import Channels, JobPod, look, sweep
-from gateway.runtimes._k8s_socket import BINARY, CONTINUATION, BadFrame, Frames
 from gateway.runtimes.base import Surroundings
 from gateway.runtimes.k8s_job import K8sJobSpec, open_job
+from gateway.runtimes.kubernetes import pod as job_pod
+from gateway.runtimes.kubernetes.pod import Channels, JobPod, look, sweep
+from gateway.runtimes.kubernetes.websocket import BINARY, CONTINUATION, BadFrame, Frames
 from tests import kit
 from tests.fixtures import fake_kube
 from tests.fixtures.fake_kube import (
@@ -264,8 +264,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         ("DRAIN", 0.3),
         ("FORCE_LIMIT", 0.5),
     ):
-        monkeypatch.setattr(_k8s_pod, name, seconds)
-    monkeypatch.setattr(_k8s_pod, "_left", [])
+        monkeypatch.setattr(job_pod, name, seconds)
+    monkeypatch.setattr(job_pod, "_left", [])
 
 
 @pytest.fixture
@@ -347,7 +347,7 @@ async def test_K24_a_ping_is_answered(around: Around) -> None:
 
 
 async def test_K24_an_idle_connection_is_kept_alive(around: Around, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.runtimes._k8s_socket.PING_AFTER", 0.1)
+    monkeypatch.setattr("gateway.runtimes.kubernetes.websocket.PING_AFTER", 0.1)
     async with around.open():
         attached = await around.kube.attached()
         assert await attached.next() == (Opcode.PING, b"")
@@ -382,7 +382,7 @@ async def test_E6_a_quota_is_told_in_kubernetes_words(around: Around) -> None:
 
 async def test_K24_a_refusal_that_passes_is_waited_for(around: Around, monkeypatch: pytest.MonkeyPatch) -> None:
     kube = around.kube
-    monkeypatch.setattr(_k8s_pod, "REFUSAL_WAIT", 20)
+    monkeypatch.setattr(job_pod, "REFUSAL_WAIT", 20)
     kube.begin = None
     kube.events = [{"type": "Warning", "reason": "FailedCreate", "message": "no account yet", "lastTimestamp": "1"}]
     async with trio.open_nursery() as nursery:
@@ -478,7 +478,7 @@ async def test_RB62_a_foreign_job_of_the_same_name_is_neither_taken_nor_removed(
 ) -> None:
     kube = around.kube
     names = iter(["taken", "free"])
-    monkeypatch.setattr(_k8s_pod, "token_hex", lambda size: next(names))
+    monkeypatch.setattr(job_pod, "token_hex", lambda size: next(names))
     foreign = {"metadata": {"name": "mcp-box-taken", "uid": "foreign", "labels": {}}}
     kube.jobs["mcp-box-taken"] = foreign
     async with around.open() as pipe:
@@ -594,7 +594,7 @@ async def test_RB63_an_end_during_a_cut_watch_is_not_missed(around: Around) -> N
 
 
 async def test_RB64_a_broken_connection_is_told_as_one(around: Around, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_k8s_pod, "LOST_WAIT", 0.1)
+    monkeypatch.setattr(job_pod, "LOST_WAIT", 0.1)
 
     async def happens(attached: Any) -> None:
         attached.cut()
@@ -689,7 +689,7 @@ async def test_RB62_a_sweep_removes_one_instances_jobs_only(around: Around) -> N
 
 async def test_RB62_a_sweep_that_can_not_be_sure_says_so(around: Around, monkeypatch: pytest.MonkeyPatch) -> None:
     kube = around.kube
-    monkeypatch.setattr(_k8s_pod, "SWEEP_LIMIT", 0.5)
+    monkeypatch.setattr(job_pod, "SWEEP_LIMIT", 0.5)
     with pytest.raises(StartFailed, match="is no place to look at"):
         await sweep("nonsense", "a" * 32, around.environ)
     async with around.open():
@@ -732,14 +732,14 @@ async def test_K24_variables_reach_the_pod_and_nothing_of_the_gateways(around: A
 
 
 async def test_K24_the_owner_is_the_gateways_pod_in_the_same_namespace_only(around: Around) -> None:
-    from gateway.runtimes._k8s import on_cluster
-    from gateway.runtimes._k8s_access import Access
+    from gateway.runtimes.kubernetes.access import Access
+    from gateway.runtimes.kubernetes.api import on_cluster
 
     inside = Access(around.kube.server.url(""), "mcp", "the pod's service account")
     pod = {"POD_NAME": "gateway-1", "POD_UID": "u-1"}
     async with on_cluster(inside, {}) as cluster:
-        assert await _k8s_pod._owner(cluster, "mcp", pod) == {"name": "gateway-1", "uid": "u-1"}
-        assert await _k8s_pod._owner(cluster, "other", pod) is None
+        assert await job_pod._owner(cluster, "mcp", pod) == {"name": "gateway-1", "uid": "u-1"}
+        assert await job_pod._owner(cluster, "other", pod) is None
         here = {"metadata": {"name": "gateway-2", "uid": "u-2"}, "status": {"podIP": "127.0.0.1"}}
         elsewhere = {**here, "status": {"podIP": "192.0.2.1"}}
         for found, expected in ((here, {"name": "gateway-2", "uid": "u-2"}), (elsewhere, None)):
@@ -749,10 +749,10 @@ async def test_K24_the_owner_is_the_gateways_pod_in_the_same_namespace_only(arou
                 await answer.json(found)
 
             around.kube.faults["GET pods"] = [one]
-            assert await _k8s_pod._owner(cluster, "mcp", {"HOSTNAME": "gateway-2"}) == expected
+            assert await job_pod._owner(cluster, "mcp", {"HOSTNAME": "gateway-2"}) == expected
     async with on_cluster(attrs.evolve(inside, context="dev"), {}) as cluster:
-        assert await _k8s_pod._owner(cluster, "mcp", pod) is None
+        assert await job_pod._owner(cluster, "mcp", pod) is None
 
 
 def test_the_fake_speaks_both_protocols() -> None:
-    assert fake_kube.V5 in _k8s_pod.PROTOCOLS and fake_kube.V4 in _k8s_pod.PROTOCOLS
+    assert fake_kube.V5 in job_pod.PROTOCOLS and fake_kube.V4 in job_pod.PROTOCOLS

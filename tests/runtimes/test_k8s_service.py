@@ -20,12 +20,14 @@ import trio.testing
 
 from gateway.config.model import Secret, StringMap
 from gateway.errors import StartFailed
-from gateway.runtimes import _k8s_scale as scaling
 from gateway.runtimes import k8s_service
-from gateway.runtimes._k8s import Refused
-from gateway.runtimes._k8s_access import Access
-from gateway.runtimes._k8s_endpoints import Endpoint, Endpoints, in_endpoints, in_slice, port_of
-from gateway.runtimes._k8s_routes import (
+from gateway.runtimes.base import Surroundings
+from gateway.runtimes.k8s_service import K8sServiceSpec, Scale, open_service
+from gateway.runtimes.kubernetes import scale as scaling
+from gateway.runtimes.kubernetes.access import Access
+from gateway.runtimes.kubernetes.api import Refused
+from gateway.runtimes.kubernetes.endpoints import Endpoint, Endpoints, in_endpoints, in_slice, port_of
+from gateway.runtimes.kubernetes.routes import (
     Balanced,
     DirectRoute,
     ForwardRoute,
@@ -34,10 +36,17 @@ from gateway.runtimes._k8s_routes import (
     _Forwarded,
     choose_route,
 )
-from gateway.runtimes._k8s_scale import EXPIRY, LEASE_SECONDS, REFRESH, Scaler, Target, enter, leave, why_not_ready
-from gateway.runtimes._k8s_socket import BINARY, CONTINUATION, Broken
-from gateway.runtimes.base import Surroundings
-from gateway.runtimes.k8s_service import K8sServiceSpec, Scale, open_service
+from gateway.runtimes.kubernetes.scale import (
+    EXPIRY,
+    LEASE_SECONDS,
+    REFRESH,
+    Scaler,
+    Target,
+    enter,
+    leave,
+    why_not_ready,
+)
+from gateway.runtimes.kubernetes.websocket import BINARY, CONTINUATION, Broken
 
 Object = dict[str, Any]
 
@@ -603,7 +612,7 @@ async def test_P7_what_a_killed_gateway_left_up_goes_down_when_a_later_one_sweep
         opened.append((context, environ["KUBECONFIG"]))
         yield store
 
-    monkeypatch.setattr("gateway.runtimes._k8s.open_cluster", open_cluster)
+    monkeypatch.setattr("gateway.runtimes.kubernetes.api.open_cluster", open_cluster)
     assert "\n" not in killed.where
     await k8s_service.sweep(killed.where, "killed", {})
     assert store.objects[TARGET.path]["spec"]["replicas"] == 0
@@ -852,7 +861,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     async def open_cluster(context: str | None, environ: Mapping[str, str]) -> AsyncIterator[Any]:
         yield made
 
-    monkeypatch.setattr("gateway.runtimes._k8s.open_cluster", open_cluster)
+    monkeypatch.setattr("gateway.runtimes.kubernetes.api.open_cluster", open_cluster)
     return made
 
 

@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from gateway.errors import StartFailed
-from gateway.runtimes._k8s import Cluster, Kind, Refused, path_of
+from gateway.runtimes.kubernetes.api import Cluster, Kind, Refused, path_of
 
 __all__ = ["Endpoint", "Endpoints", "in_endpoints", "in_slice", "port_of"]
 

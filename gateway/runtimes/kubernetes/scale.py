@@ -25,7 +25,7 @@ import attrs
 import trio
 
 from gateway.errors import StartFailed
-from gateway.runtimes._k8s import Cluster, Refused, path_of
+from gateway.runtimes.kubernetes.api import Cluster, Refused, path_of
 
 __all__ = ["Decision", "Scaler", "Target", "enter", "leave", "why_not_ready"]
 

@@ -8,9 +8,9 @@ from typing import Any, Final, Literal
 import attrs
 
 from gateway.config.model import Secret, StringMap, Text, reveal
-from gateway.runtimes._mounts import parse_mount
 from gateway.runtimes._quantities import memory_bytes, nano_cpus
-from gateway.runtimes._reference import parse_reference
+from gateway.runtimes.containers.mounts import parse_mount
+from gateway.runtimes.containers.reference import parse_reference
 
 __all__ = ["CPU", "LABEL", "MEMORY", "PIDS", "Amounts", "DockerSpec", "Resources", "limits_of"]
 

@@ -19,11 +19,11 @@ import trio
 
 from gateway.config.model import Redactor, Secret, reveal
 from gateway.errors import StartFailed
-from gateway.runtimes._docker_spec import LABEL, DockerSpec
-from gateway.runtimes._engine import Engine, EngineRefused
-from gateway.runtimes._mounts import Mount, device_of, parse_mount, refusal, resolved
 from gateway.runtimes._quantities import memory_bytes, nano_cpus
 from gateway.runtimes.base import Surroundings
+from gateway.runtimes.containers.engine import Engine, EngineRefused
+from gateway.runtimes.containers.mounts import Mount, device_of, parse_mount, refusal, resolved
+from gateway.runtimes.containers.spec import LABEL, DockerSpec
 
 __all__ = ["Plan", "container_body", "make_plan", "parse_env_file"]
 

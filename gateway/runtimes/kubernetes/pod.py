@@ -22,12 +22,21 @@ import attrs
 import trio
 
 from gateway.errors import LinkLost, StartFailed
-from gateway.runtimes._k8s import Cluster, Kind, Object, Params, Refused, Unreachable, open_cluster, path_of
-from gateway.runtimes._k8s_job_spec import K8sJobSpec
-from gateway.runtimes._k8s_manifest import CONTAINER, INSTANCE, JOB, MANAGED_BY, MANAGER, Identity, build, job_name
-from gateway.runtimes._k8s_socket import BINARY, CLOSE, CONTINUATION, Broken, Socket
 from gateway.runtimes._quantities import _scaled as scaled
 from gateway.runtimes.base import Surroundings
+from gateway.runtimes.kubernetes.api import Cluster, Kind, Object, Params, Refused, Unreachable, open_cluster, path_of
+from gateway.runtimes.kubernetes.job_spec import K8sJobSpec
+from gateway.runtimes.kubernetes.manifest import (
+    CONTAINER,
+    INSTANCE,
+    JOB,
+    MANAGED_BY,
+    MANAGER,
+    Identity,
+    build,
+    job_name,
+)
+from gateway.runtimes.kubernetes.websocket import BINARY, CLOSE, CONTINUATION, Broken, Socket
 from gateway.runtimes.local_process import StderrLines
 
 __all__ = ["Channels", "JobPod", "Look", "look", "open_pod", "sweep"]

@@ -9,7 +9,7 @@
     get, list_all, create, replace, patch, delete    JSON in, JSON out; ``request`` is what they stand on
     text                                             a pod's log
     watch                                            every object that matches, and each change, for ever
-    upgrade                                          a WebSocket (``_k8s_socket.Socket``): attach, port-forward
+    upgrade                                          a WebSocket (``kubernetes.websocket.Socket``): attach, port-forward
     transport                                        httpx's transport with our credentials: the API's service proxy
 
 ``path`` is an absolute path of the API, its parts quoted (``path_of``); ``params`` become the query. Objects are plain
@@ -35,8 +35,8 @@ import httpx
 import trio
 
 from gateway.errors import StartFailed
-from gateway.runtimes._k8s_access import Access, Credentials, find_access, tls_context
-from gateway.runtimes._k8s_socket import Broken, Socket, dial, keepalive, message_of
+from gateway.runtimes.kubernetes.access import Access, Credentials, find_access, tls_context
+from gateway.runtimes.kubernetes.websocket import Broken, Socket, dial, keepalive, message_of
 
 __all__ = ["Cluster", "OnEvent", "Refused", "Unreachable", "on_cluster", "open_cluster", "path_of"]
 
@@ -101,7 +101,7 @@ def path_of(namespace: str, plural: str, *rest: str, group: str = "") -> str:
 # -------------------------------------------------------------------------------------------------------------- cluster
 @asynccontextmanager
 async def open_cluster(context: str | None, environ: Mapping[str, str]) -> AsyncIterator[Cluster]:
-    """The cluster that ``context`` and the environment mean (``_k8s_access``), for as long as the block lasts.
+    """The cluster that ``context`` and the environment mean (``kubernetes.access``), for as long as the block lasts.
 
     Connects nowhere yet. Raises StartFailed.
     """

@@ -20,13 +20,13 @@ import trio
 
 from gateway.config.model import reveal
 from gateway.errors import StartFailed
-from gateway.runtimes._container import SETTLE, Container
-from gateway.runtimes._docker_spec import LABEL, DockerSpec, limits_of
-from gateway.runtimes._engine import Engine, EngineGone, EngineRefused, find_engine, sockets_of
-from gateway.runtimes._images import pull
-from gateway.runtimes._plan import Plan, make_plan
-from gateway.runtimes._reference import parse_reference
 from gateway.runtimes.base import Origin, Place, Surroundings
+from gateway.runtimes.containers.container import SETTLE, Container
+from gateway.runtimes.containers.engine import Engine, EngineGone, EngineRefused, find_engine, sockets_of
+from gateway.runtimes.containers.images import pull
+from gateway.runtimes.containers.plan import Plan, make_plan
+from gateway.runtimes.containers.reference import parse_reference
+from gateway.runtimes.containers.spec import LABEL, DockerSpec, limits_of
 
 __all__ = ["open_container", "sweep"]
 

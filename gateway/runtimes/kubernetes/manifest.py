@@ -22,7 +22,7 @@ from gateway.errors import StartFailed
 from gateway.runtimes._quantities import _scaled as scaled
 
 if TYPE_CHECKING:
-    from gateway.runtimes._k8s_job_spec import K8sJobSpec
+    from gateway.runtimes.kubernetes.job_spec import K8sJobSpec
 
 __all__ = [
     "CONTAINER",

@@ -19,9 +19,9 @@ import attrs
 import trio
 
 from gateway.errors import StartFailed
-from gateway.runtimes._engine import Engine, EngineGone, EngineRefused, docker_folder
-from gateway.runtimes._reference import Reference
 from gateway.runtimes.base import Progress
+from gateway.runtimes.containers.engine import Engine, EngineGone, EngineRefused, docker_folder
+from gateway.runtimes.containers.reference import Reference
 
 __all__ = ["Credentials", "credentials", "explain", "pull"]
 

@@ -1,6 +1,6 @@
 """One container: its attached streams as a Pipe, and its end with the true cause.
 
-It has ended when the engine says so; ``_Ending`` finds out why. Making, starting and removing it is ``_docker``'s.
+It has ended when the engine says so; ``_Ending`` finds out why. ``life`` makes, starts and removes it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, Final
 import trio
 
 from gateway.errors import LinkLost, StartFailed
-from gateway.runtimes._engine import Engine, EngineGone, EngineRefused, Hijacked
-from gateway.runtimes._plan import Plan
 from gateway.runtimes._quantities import shown_bytes
 from gateway.runtimes.base import Surroundings
+from gateway.runtimes.containers.engine import Engine, EngineGone, EngineRefused, Hijacked
+from gateway.runtimes.containers.plan import Plan
 from gateway.runtimes.local_process import StderrLines
 
 __all__ = ["Container", "Frames", "usage"]

@@ -24,10 +24,19 @@ import trio
 from httpcore._backends.trio import TrioStream  # makes TLS over any of trio's streams
 
 from gateway.errors import StartFailed
-from gateway.runtimes._k8s import Cluster, path_of
-from gateway.runtimes._k8s_access import Access
-from gateway.runtimes._k8s_endpoints import Endpoint, Endpoints
-from gateway.runtimes._k8s_socket import BINARY, CLOSE, CONTINUATION, TEXT, Broken, Socket, keepalive, message_of
+from gateway.runtimes.kubernetes.access import Access
+from gateway.runtimes.kubernetes.api import Cluster, path_of
+from gateway.runtimes.kubernetes.endpoints import Endpoint, Endpoints
+from gateway.runtimes.kubernetes.websocket import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    TEXT,
+    Broken,
+    Socket,
+    keepalive,
+    message_of,
+)
 
 __all__ = ["Balanced", "Load", "Route", "choose_route"]
 
