@@ -4,6 +4,10 @@
 with TLS by the ssl module right on the socket: a message out is one ``send``, a message in one wait and one ``recv``.
 Nothing here waits to send. What the connection does not take at once stays in a buffer that holds one frame's rest at
 most, and a task of the owner's (``Socket.flush_always``) writes it when there is room.
+
+Our own for its price: a round trip of a small message through trio-websocket costs 227 us of CPU and through wsproto's
+framing alone 36, where a whole call to a local process costs 49 (64 connections) and one to a pod may cost twice that.
+These frames cost 3. wsproto is their oracle in tests.
 """
 
 from __future__ import annotations
