@@ -130,6 +130,13 @@ async def test_K24_a_refusal_says_what_kubernetes_said() -> None:
     )
 
 
+def test_K28_failures_can_be_told_to_every_waiter_anew() -> None:
+    """As the supervisor does with a start's failure."""
+    for failure in (Refused("no", 403, "Forbidden", "no"), Unreachable("away", sent=True)):
+        again = type(failure)(failure.message, retry_after=2.0)
+        assert (again.message, again.retry_after, again.status) == (failure.message, 2.0, 502)
+
+
 async def test_RB63_429_waits_as_long_as_it_says_whatever_the_request() -> None:
     busy = status(429, "TooManyRequests", headers={"retry-after": "1"})
     async with scripted(busy, {"made": True}) as (cluster, api, _):

@@ -73,21 +73,31 @@ _PATCHES: Final[Mapping[Patch, str]] = {
 
 
 class Refused(StartFailed):
-    """Kubernetes said no. ``reason`` is its word ("NotFound", "AlreadyExists", "Forbidden", ...), ``said`` its text."""
+    """Kubernetes said no. ``reason`` is its word ("NotFound", "AlreadyExists", "Forbidden", ...), ``said`` its text,
+    ``wait`` its Retry-After in seconds.
+    """
 
-    def __init__(self, message: str, http_status: int, reason: str, said: str, retry_after: float | None) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        message: str,
+        http_status: int = 0,
+        reason: str = "",
+        said: str = "",
+        wait: float | None = None,
+        **given: Any,
+    ) -> None:
+        super().__init__(message, **given)
         self.http_status = http_status
         self.reason = reason
         self.said = said
-        self.wait = retry_after
+        self.wait = wait
 
 
 class Unreachable(StartFailed):
     """No answer, or one that is not Kubernetes'. Whether the request was carried out is unknown if ``sent``."""
 
-    def __init__(self, message: str, *, sent: bool) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, sent: bool = False, **given: Any) -> None:
+        super().__init__(message, **given)
         self.sent = sent
 
 
