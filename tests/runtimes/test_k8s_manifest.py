@@ -62,7 +62,8 @@ FULL = K8sJobSpec(
 
 def made(spec: K8sJobSpec, env: dict[str, str] | None = None, **more: Any) -> Manifests:
     identity = Identity("mcp-box-1234abcd", "box", "i" * 32, more.pop("owner", None))
-    return build(spec, identity, env or {}, more.pop("is_secret", lambda text: False), more.pop("stop_grace", 10))
+    is_secret, grace = more.pop("is_secret", lambda text: False), more.pop("stop_grace", 10)
+    return build(spec, identity, env or {}, is_secret, grace, more.pop("version", (1, 20)))
 
 
 def pod_of(manifests: Manifests) -> Any:
@@ -77,7 +78,10 @@ def container_of(manifests: Manifests) -> Any:
 @pytest.mark.parametrize("version", ["1.27", "1.37"])
 @pytest.mark.parametrize("spec", [PLAIN, FULL], ids=["plain", "full"])
 def test_K24_E2_every_object_is_valid(spec: K8sJobSpec, version: str) -> None:
-    manifests = made(spec, {"B": "s3cret"}, is_secret=lambda text: "s3cret" in text, owner={"name": "p", "uid": "u"})
+    major, minor = map(int, version.split("."))
+    more = {"owner": {"name": "p", "uid": "u"}, "version": (major, minor), "is_secret": lambda text: "s3cret" in text}
+    manifests = made(spec, {"B": "s3cret"}, **more)
+    assert ("podReplacementPolicy" in manifests.job["spec"]) == (version == "1.37"), "never two, where it is known"
     kubernetes_validate.validate(manifests.job, version, strict=True)
     assert manifests.secret is not None
     kubernetes_validate.validate(manifests.secret, version, strict=True)

@@ -582,6 +582,28 @@ async def test_RB64_an_eviction_is_told_at_once(around: Around) -> None:
     assert await ended(around, happens) == "pod was evicted or deleted"
 
 
+async def test_RB64_a_pod_that_is_taken_away_gets_no_successor_behind_our_back(around: Around) -> None:
+    """Kubernetes replaces it while it still ends: there are never two of a server."""
+    kube = around.kube
+    async with around.open() as pipe:
+        await kube.attached()
+        (name,) = kube.jobs
+        kube.obedient = False
+        await kube.change(kube.pod, None, deletionTimestamp="2026-01-01T00:00:00Z")
+        await kube.make_pod(name, "-y")
+        await kube.until(lambda: f"{name}-y" not in kube.pods and not kube.jobs)
+        assert list(kube.pods) == [f"{name}-x"]
+        assert "evicted or deleted" in pipe.diagnosis()
+        await kube.remove(kube.pod)
+
+
+async def test_RB64_newer_kubernetes_is_told_to_wait_with_a_successor(around: Around) -> None:
+    around.kube.minor = "31"
+    async with around.open():
+        (job,) = around.kube.jobs.values()
+        assert job["spec"]["podReplacementPolicy"] == "Failed"
+
+
 async def test_RB63_an_end_during_a_cut_watch_is_not_missed(around: Around) -> None:
     kube = around.kube
 

@@ -7,7 +7,7 @@
 ``cluster.access`` says which cluster it is (``server``, ``namespace``, ``context``, ``described``). Then:
 
     get, list_all, create, replace, patch, delete    JSON in, JSON out; ``request`` is what they stand on
-    text                                             a pod's log
+    text, version                                    a pod's log; Kubernetes' version
     watch                                            every object that matches, and each change, for ever
     upgrade                                          a WebSocket (``kubernetes.websocket.Socket``): attach, port-forward
     transport                                        httpx's transport with our credentials: the API's service proxy
@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -142,6 +143,7 @@ class Cluster:
         self._environ = environ
         self._credentials = credentials
         self._certificate: tuple[str, str] | None = None
+        self._version: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
         return f"<Cluster {self.access}>"
@@ -178,6 +180,18 @@ class Cluster:
         return _Authorized(self._bare_transport(), self._credentials, self.access.server_name)
 
     # ------------------------------------------------------------------------------------------------------- requests
+    async def version(self) -> tuple[int, int]:
+        """Kubernetes' own, such as (1, 37); (0, 0) where it does not say."""
+        if self._version is None:
+            try:
+                found = await self.get("/version", patience=0)
+                digits = (re.match(r"\d+", str(found.get(key, ""))) for key in ("major", "minor"))
+                major, minor = (int(each[0]) if each else 0 for each in digits)
+                self._version = (major, minor)
+            except StartFailed:
+                self._version = (0, 0)
+        return self._version
+
     async def get(self, path: str, params: Params | None = None, *, patience: float = PATIENCE) -> Object:
         """One object."""
         return await self.request("GET", path, params, patience=patience)

@@ -103,8 +103,12 @@ def build(
     env: Mapping[str, str],
     is_secret: Callable[[str], bool],
     stop_grace: float,
+    version: tuple[int, int] = (0, 0),
 ) -> Manifests:
-    """The Job for an entry. ``env`` is the entry's own, on top of ``spec.env``. Raises StartFailed."""
+    """The Job for an entry. ``env`` is the entry's own, on top of ``spec.env``; ``version`` is Kubernetes'.
+
+    Raises StartFailed.
+    """
     variables, hidden = _variables(spec, identity.name, env, is_secret)
     metadata: Object = {"labels": {**spec.labels.revealed(), **identity.labels()}}
     annotations = {**spec.annotations.revealed(), SERVER_ID: identity.server_id}
@@ -129,6 +133,8 @@ def build(
             "template": template,
         },
     }
+    if version >= (1, 29):  # earlier ones do not know it
+        job["spec"]["podReplacementPolicy"] = "Failed"
     if spec.active_deadline_seconds is not None:
         job["spec"]["activeDeadlineSeconds"] = spec.active_deadline_seconds
     if identity.owner is not None:

@@ -394,6 +394,7 @@ class _Job:
         self._metrics = True
         self._began = trio.current_time()
         self._stages: set[str] = set()
+        self._others: dict[str, str] = {}
         self._news = trio.Event()
 
     @property
@@ -409,6 +410,7 @@ class _Job:
         self._say("making a Job")
         await self._create()
         run(self._watch)
+        run(self._stay_one)
         await self._running()
         socket = await self._attach()
         self.pipe = JobPod(self, socket)
@@ -421,9 +423,12 @@ class _Job:
         owner = await _owner(self.cluster, spec.namespace, surroundings.environ)
         instance = surroundings.instance.id if surroundings.instance is not None else "none"
         redact = surroundings.redact
+        version = await self.cluster.version()
         for _ in range(MAX_NAMES):
             identity = Identity(job_name(surroundings.server_id, token_hex(4)), surroundings.server_id, instance, owner)
-            made = build(spec, identity, surroundings.env, lambda text: redact(text) != text, surroundings.stop_grace)
+            made = build(
+                spec, identity, surroundings.env, lambda text: redact(text) != text, surroundings.stop_grace, version
+            )
             self.name, self._maybe = identity.name, True
             try:
                 job = await self.cluster.create(self._path("jobs"), made.job)
@@ -452,16 +457,38 @@ class _Job:
         if kind == "SYNCED":
             return
         if self.pod is not None and pod["metadata"]["uid"] != self.pod["metadata"]["uid"]:
-            return  # there is one pod, and none after it
+            meta = pod["metadata"]
+            self._others[meta["uid"]] = meta["name"]
+            if kind == "DELETED":
+                del self._others[meta["uid"]]
+            self._wake()
+            return
         self.pod = pod
         found = look(pod)
         if kind == "DELETED":
             self.gone = True
             if not found.ended:
                 found = Look(found.running, ended="pod was deleted")
-        if not self.look.ended or self.look.ended.startswith("pod was evicted or deleted"):
-            self.look = found if found.ended or not self.look.ended else self.look
+        if not self.look.ended or found.ended.startswith("pod failed"):  # else the first reason is the reason
+            self.look = found
         self._wake()
+
+    async def _stay_one(self) -> None:
+        """Kubernetes replaces a pod that is taken away, before 1.29 at once: there must be no second one of a server.
+
+        So the Job goes as soon as that is seen, and the replacement before its container has started.
+        """
+        await self.until(lambda: self.gone or self._is_taken_away() or bool(self._others))
+        with suppress(StartFailed):
+            await self.cluster.delete(self._path("jobs", self.name), uid=self.uid)
+        while True:
+            await self.until(lambda: bool(self._others))
+            uid, name = self._others.popitem()
+            with suppress(StartFailed):
+                await self.cluster.delete(self._path("pods", name), uid=uid, grace=0)
+
+    def _is_taken_away(self) -> bool:
+        return bool(((self.pod or {}).get("metadata") or {}).get("deletionTimestamp"))
 
     def _troubled(self, text: str) -> None:
         self.trouble = text
