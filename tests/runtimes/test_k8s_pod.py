@@ -20,7 +20,8 @@ from gateway.errors import LinkLost, StartFailed
 from gateway.runtimes.base import Surroundings
 from gateway.runtimes.k8s_job import K8sJobSpec, open_job
 from gateway.runtimes.kubernetes import pod as job_pod
-from gateway.runtimes.kubernetes.pod import Channels, JobPod, look, sweep
+from gateway.runtimes.kubernetes.look import look
+from gateway.runtimes.kubernetes.pod import Channels, JobPod, sweep
 from gateway.runtimes.kubernetes.websocket import BINARY, CONTINUATION, BadFrame, Frames
 from tests import kit
 from tests.fixtures import fake_kube

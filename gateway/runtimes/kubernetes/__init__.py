@@ -5,6 +5,7 @@ api         requests and watches (websocket: what attach and port-forward go thr
 
 job_spec    what a k8s-job entry says
 manifest    the Job that it becomes
+look        what a pod's status says: why it waits, why it has ended
 pod         that Job's pod as a Pipe: made, awaited, attached, watched, removed; and the sweep
 
 endpoints   which pods stand behind a Service

@@ -32,8 +32,10 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, Literal
 from urllib.parse import quote, urlencode
 
+import httpcore
 import httpx
 import trio
+from httpcore._backends.trio import TrioStream
 
 from gateway.errors import StartFailed
 from gateway.runtimes.kubernetes.access import Access, Credentials, find_access, tls_context
@@ -135,6 +137,26 @@ async def on_cluster(access: Access, environ: Mapping[str, str]) -> AsyncIterato
             await cluster._client.aclose()
 
 
+class _Stream(TrioStream):
+    """httpcore leaves the socket to the collector when a TLS handshake is cancelled (1.0.9)."""
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            return await super().start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:
+            await trio.aclose_forcefully(self._stream)
+            raise
+
+
+class _Backend(httpcore.TrioBackend):
+    async def connect_tcp(self, *args: Any, **more: Any) -> httpcore.AsyncNetworkStream:
+        stream = await super().connect_tcp(*args, **more)
+        assert isinstance(stream, TrioStream)
+        return _Stream(stream._stream)
+
+
 class Cluster:
     """One API and our right to it. Made by ``open_cluster``. All its methods may be used by several tasks at once."""
 
@@ -163,7 +185,7 @@ class Cluster:
 
     def _bare_transport(self) -> httpx.AsyncHTTPTransport:
         try:
-            return httpx.AsyncHTTPTransport(
+            transport = httpx.AsyncHTTPTransport(
                 verify=self._tls if self._tls is not None else False,
                 proxy=self.access.proxy,
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=30),
@@ -171,6 +193,8 @@ class Cluster:
             )
         except (ValueError, ImportError) as error:
             raise StartFailed(f"Kubernetes ({self.access}): the proxy can't be used: {error}") from None
+        transport._pool._network_backend = _Backend()
+        return transport
 
     def transport(self) -> httpx.AsyncBaseTransport:
         """Carries a server's own requests through the API (``.../services/NAME:PORT/proxy/...``) as us.

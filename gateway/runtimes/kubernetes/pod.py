@@ -26,6 +26,7 @@ from gateway.runtimes._quantities import _scaled as scaled
 from gateway.runtimes.base import Surroundings
 from gateway.runtimes.kubernetes.api import Cluster, Kind, Object, Params, Refused, Unreachable, open_cluster, path_of
 from gateway.runtimes.kubernetes.job_spec import K8sJobSpec
+from gateway.runtimes.kubernetes.look import Look, condition, container_status, look
 from gateway.runtimes.kubernetes.manifest import (
     CONTAINER,
     INSTANCE,
@@ -39,7 +40,7 @@ from gateway.runtimes.kubernetes.manifest import (
 from gateway.runtimes.kubernetes.websocket import BINARY, CLOSE, CONTINUATION, Broken, Socket
 from gateway.runtimes.local_process import StderrLines
 
-__all__ = ["Channels", "JobPod", "Look", "look", "open_pod", "sweep"]
+__all__ = ["Channels", "JobPod", "open_pod", "sweep"]
 
 BATCH: Final = "batch/v1"
 V5: Final = "v5.channel.k8s.io"
@@ -91,121 +92,6 @@ class Channels:
         return self._channel, payload[1:]
 
 
-# ---------------------------------------------------------------------------------------------------------------- look
-@attrs.frozen
-class Look:
-    """What a pod's status says of its server.
-
-    running  it runs, or has run
-    ended    why it is over; "" while it may still run
-    waiting  what it waits for
-    refusal  why it will never run; ``about_image`` if that is its image
-    """
-
-    running: bool = False
-    ended: str = ""
-    waiting: str = ""
-    refusal: str = ""
-    about_image: bool = False
-
-
-_IMAGE: Final = frozenset(
-    ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "RegistryUnavailable")
-)
-_BROKEN: Final = frozenset(
-    ("CreateContainerConfigError", "CreateContainerError", "RunContainerError", "CrashLoopBackOff")
-)
-_ROOT_HINT: Final = "; name the user with `user`, such as `user: 1000` (`user: 0` allows root)"
-
-
-def look(pod: Object) -> Look:
-    """Pure."""
-    status, meta = pod.get("status") or {}, pod.get("metadata") or {}
-    ours = _container_status(status)
-    state = ours.get("state") or {}
-    terminated = state.get("terminated")
-    running = "running" in state or terminated is not None
-    phase, reason = status.get("phase"), status.get("reason")
-    said = ": ".join(str(each) for each in (reason, status.get("message")) if each)
-    disruption = _condition(status, "DisruptionTarget")
-    if reason and (phase == "Failed" or reason == "NodeLost"):
-        return Look(running, ended=f"pod failed: {said}")
-    if terminated is not None:
-        return Look(True, ended=_end(terminated, pod))
-    if phase in ("Failed", "Succeeded"):
-        return Look(running, ended=_other_end(status) or f"pod ended as {phase}")
-    if meta.get("deletionTimestamp"):
-        why = f": {disruption.get('message') or disruption.get('reason')}" if disruption else ""
-        return Look(running, ended=f"pod was evicted or deleted{why}")
-    if running:
-        return Look(True)
-    return _not_yet(status, state.get("waiting") or {})
-
-
-def _not_yet(status: Object, waiting: Object) -> Look:
-    reason, message = str(waiting.get("reason") or ""), str(waiting.get("message") or "")
-    for each in status.get("initContainerStatuses") or ():
-        held = (each.get("state") or {}).get("waiting") or {}
-        if held.get("reason") in _IMAGE | _BROKEN:
-            reason, message = str(held["reason"]), str(held.get("message") or "")
-    text = f"{reason}: {message}" if message else reason
-    if reason in _IMAGE:
-        return Look(refusal=f"the image can't be had: {text}", about_image=True)
-    if reason in _BROKEN:
-        hint = _ROOT_HINT if "runAsNonRoot" in message else ""
-        return Look(refusal=f"the container can't be started: {text}{hint}")
-    scheduled = _condition(status, "PodScheduled", "False")
-    if scheduled:
-        return Look(waiting=f"{scheduled.get('reason') or 'not scheduled'}: {scheduled.get('message') or ''}")
-    return Look(waiting=text or ("Pending" if status.get("phase") else "not seen by Kubernetes yet"))
-
-
-def _container_status(status: Object) -> Object:
-    for each in status.get("containerStatuses") or ():
-        if each.get("name") == CONTAINER:
-            return dict(each)
-    return {}
-
-
-def _condition(status: Object, kind: str, value: str = "True") -> Object:
-    for each in status.get("conditions") or ():
-        if each.get("type") == kind and each.get("status") == value:
-            return dict(each)
-    return {}
-
-
-def _end(terminated: Object, pod: Object) -> str:
-    code, reason = terminated.get("exitCode"), str(terminated.get("reason") or "")
-    message = str(terminated.get("message") or "").strip()
-    if reason == "OOMKilled":
-        limits = _limits(pod)
-        limit = f", memory limit {limits['memory']}" if "memory" in limits else ""
-        return f"container ran out of memory (OOMKilled{limit}, exit code {code})"
-    if reason in ("ContainerCannotRun", "StartError"):
-        return f"container can't run: {message or reason} (exit code {code})"
-    text = f"container exited with code {code}"
-    if reason not in ("", "Error", "Completed"):
-        text += f" ({reason})"
-    return f"{text}: {message}" if message else text
-
-
-def _other_end(status: Object) -> str:
-    """A container that is not ours ended the pod."""
-    for each in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
-        terminated = (each.get("state") or {}).get("terminated") or {}
-        if terminated.get("exitCode"):
-            said = f": {terminated['message']}" if terminated.get("message") else ""
-            return f"container {each.get('name')!r} of its pod exited with code {terminated['exitCode']}{said}"
-    return ""
-
-
-def _limits(pod: Object) -> Object:
-    for each in (pod.get("spec") or {}).get("containers") or ():
-        if each.get("name") == CONTAINER:
-            return dict((each.get("resources") or {}).get("limits") or {})
-    return {}
-
-
 # ---------------------------------------------------------------------------------------------------------------- pipe
 class JobPod:
     """A server in a pod as a ``base.Pipe``. Made by ``open_pod``, which alone stops it.
@@ -237,7 +123,7 @@ class JobPod:
             "node": (pod.get("spec") or {}).get("nodeName"),
             "namespace": job.spec.namespace,
             "context": job.cluster.access.context or "in-cluster",
-            "image_id": _container_status(status).get("imageID"),
+            "image_id": container_status(status).get("imageID"),
         }
         return {name: value for name, value in found.items() if value}
 
@@ -516,7 +402,7 @@ class _Job:
         waits, event = self.look.waiting or self.look.refusal, f"{reason}: {message}"
         if self.pod is None:
             self._say(f"waiting for a pod: {event}" if reason else "waiting for a pod")
-        elif not _condition(self.pod.get("status") or {}, "PodScheduled"):
+        elif not condition(self.pod.get("status") or {}, "PodScheduled"):
             self._say(f"waiting for the pod: {waits}")
         elif reason and not self.look.refusal:
             self._say(f"waiting for the pod: {event}", "Pulling" if reason == "Pulling" else "scheduled")
@@ -667,7 +553,7 @@ class _Job:
         if self.pod is None or self.gone:
             return True
         status = self.pod.get("status") or {}
-        ended = "terminated" in (_container_status(status).get("state") or {})
+        ended = "terminated" in (container_status(status).get("state") or {})
         return ended or status.get("phase") in ("Failed", "Succeeded")
 
     async def _find(self) -> bool:
