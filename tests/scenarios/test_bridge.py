@@ -115,6 +115,11 @@ class Cell:
         for each in reversed(self._open):
             each.close()
 
+    def is_gateways_own(self, message: Json) -> bool:
+        """Whether the gateway has listed for itself: then nobody can be asked anything."""
+        meta = (message.get("params") or {}).get("_meta") or {}
+        return self.back == "M" and meta.get(f"{META}clientCapabilities") == {}
+
     def check_arrived(self, client: Any, message: Json) -> None:
         """A request as the server's era wants it: its own context, nothing of the other era, mirrored in headers."""
         params = message.get("params") or {}
@@ -242,7 +247,8 @@ def test_bridge_lists(cell: Cell, method: str, member: str) -> None:
             assert (page["ttlMs"], page["cacheScope"]) == ((0, "private") if cell.back == "L" else (5000, "public"))
     listed = items(found, member)
     for message in cell.record.got(method)[before:]:
-        cell.check_arrived(client, message)
+        if not cell.is_gateways_own(message):
+            cell.check_arrived(client, message)
     every = items(cell.merger().pages(method), member)
     if member == "tools":
         check_tools(cell, listed)
@@ -275,11 +281,14 @@ def check_tools(cell: Cell, tools: dict[str, Json]) -> None:
 
 def test_bridge_cursor(cell: Cell) -> None:
     client = cell.client()
+    before = len(cell.record.got("tools/list"))
     first, second, *_ = pages = client.pages("tools/list")
     assert first["nextCursor"] == "", "the server's first cursor is the empty string"
     assert first["tools"] != second["tools"]
     assert len(items(pages, "tools")) == sum(len(page["tools"]) for page in pages) > 10
-    assert [m["params"].get("cursor") for m in cell.record.got("tools/list")[-len(pages) :]][:2] == [None, ""]
+    # The gateway may list a server of its client's own meanwhile, to see whether it lists what others of its kind do.
+    cursors = [(m.get("params") or {}).get("cursor") for m in cell.record.got("tools/list")[before:]]
+    assert cursors.index(None) < cursors.index("") and len(set(cursors)) == len(pages)
     refused = client.request("tools/list", {"cursor": "nonsense"})
     assert (refused.status, refused.error["code"]) == (200 if cell.front == "L" else 400, -32602)
     merger = cell.merger()
