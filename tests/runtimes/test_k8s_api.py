@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -209,6 +211,56 @@ async def test_K24_tls_is_checked_against_the_clusters_own_authority() -> None:
                 await cluster.get(PODS, patience=0)
         async with on_cluster(Access(server.url(""), "mcp", "a test", insecure=True), {}) as cluster:
             assert await cluster.get(PODS) == {"ok": 2}
+
+
+async def test_P7_giving_up_in_a_handshake_leaves_no_socket() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        access = Access(f"https://127.0.0.1:{deaf.getsockname()[1]}", "mcp", "a test")
+        async with on_cluster(access, {}) as cluster:
+            before = set(os.listdir("/proc/self/fd"))
+            for ask in (cluster.get(PODS), cluster.upgrade(PODS, [], ["v5"])):
+                with trio.move_on_after(0.3) as scope:
+                    await ask
+                assert scope.cancelled_caught
+            assert set(os.listdir("/proc/self/fd")) == before
+
+
+async def test_K24_through_a_proxy() -> None:
+    """An ordinary one, which is asked to connect; both ways of ours to the API go through it."""
+    asked = []
+
+    async def api(request: Request, answer: Answer) -> None:
+        await answer.json({"here": True})
+
+    async def proxy(request: Request, answer: Answer) -> None:
+        asked.append((request.method, request.target, request.headers.get("proxy-authorization")))
+        host, _, port = request.target.partition(":")
+        there = await trio.open_tcp_stream(host, int(port))
+        await answer.raw(b"HTTP/1.1 200 Connected\r\n\r\n")
+
+        async def pump(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
+            while data := await source.receive_some():
+                await sink.send_all(data)
+            nursery.cancel_scope.cancel()
+
+        async with there, trio.open_nursery() as nursery:
+            nursery.start_soon(pump, there, answer.stream)
+            await pump(answer.stream, there)
+        raise Hangup
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / "server.pem", TLS / "server.key")
+    async with serve(api, tls=context) as server, serve(proxy) as between:
+        through = f"http://me:pw@127.0.0.1:{between.port}"
+        access = Access(server.url(""), "mcp", "a test", ca=(TLS / "ca.pem").read_text(), proxy=through)
+        async with on_cluster(access, {}) as cluster:
+            assert await cluster.get(PODS) == {"here": True}
+            with pytest.raises(Refused, match="200"):
+                await cluster.upgrade(PODS, [], ["v5"])
+    assert asked == [("CONNECT", f"127.0.0.1:{server.port}", "Basic bWU6cHc=")] * 2
+    with pytest.raises(StartFailed, match="only http:// proxies can be used, not socks5://"):
+        async with on_cluster(Access("https://k", "mcp", "a test", proxy="socks5://p:1"), {}):
+            pass
 
 
 async def test_K24_a_broken_authority_is_named() -> None:

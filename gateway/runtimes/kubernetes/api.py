@@ -35,7 +35,7 @@ from urllib.parse import quote, urlencode
 import httpcore
 import httpx
 import trio
-from httpcore._backends.trio import TrioStream
+from httpcore._backends.trio import TrioBackend, TrioStream
 
 from gateway.errors import StartFailed
 from gateway.runtimes.kubernetes.access import Access, Credentials, find_access, tls_context
@@ -137,26 +137,6 @@ async def on_cluster(access: Access, environ: Mapping[str, str]) -> AsyncIterato
             await cluster._client.aclose()
 
 
-class _Stream(TrioStream):
-    """httpcore leaves the socket to the collector when a TLS handshake is cancelled (1.0.9)."""
-
-    async def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        try:
-            return await super().start_tls(ssl_context, server_hostname, timeout)
-        except BaseException:
-            await trio.aclose_forcefully(self._stream)
-            raise
-
-
-class _Backend(httpcore.TrioBackend):
-    async def connect_tcp(self, *args: Any, **more: Any) -> httpcore.AsyncNetworkStream:
-        stream = await super().connect_tcp(*args, **more)
-        assert isinstance(stream, TrioStream)
-        return _Stream(stream._stream)
-
-
 class Cluster:
     """One API and our right to it. Made by ``open_cluster``. All its methods may be used by several tasks at once."""
 
@@ -184,17 +164,11 @@ class Cluster:
         )
 
     def _bare_transport(self) -> httpx.AsyncHTTPTransport:
-        try:
-            transport = httpx.AsyncHTTPTransport(
-                verify=self._tls if self._tls is not None else False,
-                proxy=self.access.proxy,
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=30),
-                socket_options=keepalive(),
-            )
-        except (ValueError, ImportError) as error:
-            raise StartFailed(f"Kubernetes ({self.access}): the proxy can't be used: {error}") from None
-        transport._pool._network_backend = _Backend()
-        return transport
+        proxy = self.access.proxy
+        if proxy is not None and not proxy.startswith("http://"):
+            scheme = proxy.partition(":")[0][:20]
+            raise StartFailed(f"Kubernetes ({self.access}): only http:// proxies can be used, not {scheme}://")
+        return _Transport(self._tls, proxy)
 
     def transport(self) -> httpx.AsyncBaseTransport:
         """Carries a server's own requests through the API (``.../services/NAME:PORT/proxy/...``) as us.
@@ -553,6 +527,45 @@ class _Seen:
     def __init__(self) -> None:
         self.version = ""
         self.known: dict[str, Object] = {}
+
+
+class _Stream(TrioStream):
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            return await super().start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:
+            # httpcore closes it after errors only, not when cancelled.
+            await trio.aclose_forcefully(self._stream)
+            raise
+
+
+class _Backend(TrioBackend):
+    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        stream = await super().connect_tcp(*args, **options)
+        assert isinstance(stream, TrioStream)
+        return _Stream(stream._stream)
+
+
+class _Transport(httpx.AsyncHTTPTransport):
+    """httpx's transport over a pool of ours: no limit on connections, each noticed when its peer is silently gone."""
+
+    def __init__(self, context: ssl.SSLContext | None, proxy: str | None) -> None:
+        # Not super().__init__(): its pool leaves the socket of a cancelled handshake to the collector.
+        options: dict[str, Any] = {
+            "ssl_context": context,
+            "max_connections": None,
+            "max_keepalive_connections": None,
+            "keepalive_expiry": 30,
+            "socket_options": keepalive(),
+            "network_backend": _Backend(),
+        }
+        if proxy is None:
+            self._pool = httpcore.AsyncConnectionPool(**options)
+        else:
+            url = httpx.Proxy(proxy)
+            self._pool = httpcore.AsyncHTTPProxy(str(url.url), proxy_auth=url.raw_auth, **options)
 
 
 class _Authorized(httpx.AsyncBaseTransport):
