@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["memory_bytes", "nano_cpus", "shown_bytes"]
+__all__ = ["memory_bytes", "nano_cpus", "scaled", "shown_bytes"]
 
 _FORM: Final = re.compile(r"([0-9]{1,20})?(?:\.([0-9]{0,20}))?(?:[eE]([+-]?[0-9]{1,2})|([numkMGTPE]|[KMGTPE]i)?)")
 _DECIMAL: Final = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
@@ -18,7 +18,7 @@ LEAST_MEMORY: Final = 6 * 1024 * 1024
 MOST: Final = 2**62
 
 
-def _scaled(written: str | int | float, places: int) -> int:
+def scaled(written: str | int | float, places: int) -> int:
     """The quantity times 10 ** places, rounded up. Raises ValueError for what is no quantity, or a negative one."""
     text = str(written).strip()
     found = _FORM.fullmatch(text)
@@ -39,7 +39,7 @@ def _scaled(written: str | int | float, places: int) -> int:
 
 def nano_cpus(written: str | int | float) -> int:
     """Billionths of a CPU. Raises ValueError with a sentence that fits behind the key's name."""
-    found = _scaled(written, 9)
+    found = scaled(written, 9)
     if found < LEAST_CPU:
         raise ValueError("must be at least 10m (a hundredth of a CPU)")
     return found
@@ -47,7 +47,7 @@ def nano_cpus(written: str | int | float) -> int:
 
 def memory_bytes(written: str | int | float) -> int:
     """Bytes. Raises ValueError with a sentence that fits behind the key's name."""
-    found = _scaled(written, 0)
+    found = scaled(written, 0)
     if found < LEAST_MEMORY:
         hint = "; did you mean Mi instead of m?" if str(written).strip().endswith("m") else ""
         raise ValueError(f"must be at least 6Mi{hint}")

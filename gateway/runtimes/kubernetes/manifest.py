@@ -19,7 +19,7 @@ import attrs
 
 from gateway.config.model import Secret, Text, reveal
 from gateway.errors import StartFailed
-from gateway.runtimes._quantities import _scaled as scaled
+from gateway.runtimes._quantities import scaled
 
 if TYPE_CHECKING:
     from gateway.runtimes.kubernetes.job_spec import K8sJobSpec

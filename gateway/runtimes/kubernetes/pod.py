@@ -22,7 +22,7 @@ import attrs
 import trio
 
 from gateway.errors import LinkLost, StartFailed
-from gateway.runtimes._quantities import _scaled as scaled
+from gateway.runtimes._quantities import scaled
 from gateway.runtimes.base import Surroundings
 from gateway.runtimes.kubernetes.api import Cluster, Kind, Object, Params, Refused, Unreachable, open_cluster, path_of
 from gateway.runtimes.kubernetes.job_spec import K8sJobSpec
