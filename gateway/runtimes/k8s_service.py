@@ -137,7 +137,8 @@ async def open_service(spec: K8sServiceSpec, surroundings: Surroundings) -> Asyn
                 ended=partial(_all_gone, endpoints, load, shown),
                 remark=partial(_remark, endpoints),
             )
-            async with _watched(endpoints, load), _used(scaler, surroundings):
+            strays = "" if route.exact else f"{shown}, reached by the {route.via}"
+            async with _watched(endpoints, load, strays), _used(scaler, surroundings):
                 await _until_ready(endpoints, scaler, cluster, surroundings.progress, shown)
                 async with _beating(scaler):
                     yield origin
@@ -190,12 +191,23 @@ class _Details(Mapping[str, Any]):
 
 # ------------------------------------------------------------------------------------------------------------- pods
 @asynccontextmanager
-async def _watched(endpoints: Endpoints, load: Load) -> AsyncIterator[None]:
-    """Follow which pods there are. Raises StartFailed when the cluster does not say so in the first place."""
+async def _watched(endpoints: Endpoints, load: Load, strays: str) -> AsyncIterator[None]:
+    """Follow which pods there are. Raises StartFailed when the cluster does not say so in the first place.
+
+    ``strays`` is not "" where requests do not go to the pod that is chosen for them: said once there are several.
+    """
     async with trio.open_nursery() as nursery:
 
         async def tidy() -> None:
+            warned = not strays
             while True:
+                if not warned and len(endpoints.all) > 1:
+                    warned = True
+                    log.warning(
+                        "%s, has several pods: sessions of servers that keep any (MCP before 2026-07-28) do not stay "
+                        "at one that way; give the gateway the right to get pods/portforward",
+                        strays,
+                    )
                 await endpoints.changed.wait()
                 load.keep(endpoints.all)
 

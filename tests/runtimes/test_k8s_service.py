@@ -924,6 +924,22 @@ async def test_E6_all_pods_gone_is_told_when_nobody_waits_for_an_answer(
         assert origin.remark() == "there are no pods"
 
 
+async def test_K27_sessions_that_can_not_stay_at_a_pod_are_warned_about_once(
+    autojump_clock: trio.testing.MockClock, wall: None, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.access, store.may = OUTSIDE, {"create services/proxy"}
+    store.put(ENDPOINTS, READY)
+    two = {"subsets": [{"addresses": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.2"}], "ports": [{"port": 8000}]}]}
+    async with open_service(K8sServiceSpec("ns", "x", 80), Surroundings("s", {})):
+        await trio.sleep(1)
+        assert "several pods" not in caplog.text
+        for body in (two, READY, two):
+            store.put(ENDPOINTS, body)
+            await trio.sleep(1)
+    assert caplog.text.count("has several pods") == 1
+    assert "Service 'x' in namespace 'ns', reached by the service proxy of the API" in caplog.text
+
+
 async def test_K27_what_is_wrong_is_one_error_with_a_name(
     autojump_clock: trio.testing.MockClock, wall: None, store: Store
 ) -> None:

@@ -61,9 +61,10 @@ ERROR_CHANNEL: Final = 1
 
 
 class Route(Protocol):
-    """One way to the pods. ``via`` is what people are shown."""
+    """One way to the pods. ``via`` is what people are shown; ``exact`` if it leads to the pod that is chosen."""
 
     via: str
+    exact: bool
 
     def transport(self) -> httpx.AsyncBaseTransport:
         """What carries requests this way; the caller closes it."""
@@ -96,6 +97,7 @@ class DirectRoute:
     """To the pods' own addresses. TLS is checked for the Service's name, which is in such certificates."""
 
     via = "pod address"
+    exact = True
 
     def __init__(self, context: ssl.SSLContext | None, server_name: str) -> None:
         self._context = context
@@ -137,6 +139,7 @@ class ProxyRoute:
 
     def __init__(self, cluster: Cluster, namespace: str, service: str = "", port: str = "") -> None:
         self.via = "service proxy of the API" if service else "pod proxy of the API"
+        self.exact = not service
         self._cluster = cluster
         self._namespace = namespace
         self._service = service
