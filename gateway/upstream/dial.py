@@ -396,6 +396,8 @@ def _reason(error: BaseException) -> str:
     at: BaseException | None = error
     deepest: OSError | None = None
     while at is not None:
+        if isinstance(at, GatewayError):  # a transport of a runtime's that has said it for people already
+            return at.message
         if isinstance(at, ssl.SSLCertVerificationError):
             return f"TLS certificate refused: {at.verify_message}"
         if isinstance(at, ssl.SSLError):

@@ -28,6 +28,7 @@ from gateway.runtimes.kubernetes.access import Access
 from gateway.runtimes.kubernetes.api import Refused
 from gateway.runtimes.kubernetes.endpoints import Endpoint, Endpoints, in_endpoints, in_slice, port_of
 from gateway.runtimes.kubernetes.routes import (
+    AVOIDED,
     Balanced,
     DirectRoute,
     ForwardRoute,
@@ -134,6 +135,7 @@ class FakeEndpoints:
     def __init__(self, *every: Endpoint) -> None:
         self.all = every
         self.changed = trio.Event()
+        self.trouble = ""
 
     @property
     def ready(self) -> list[Endpoint]:
@@ -159,6 +161,7 @@ class FakeRoute:
     """Hands requests to a function of the pod's name. ``refusing`` are pods at which nobody listens."""
 
     via = "nothing"
+    direct = True
 
     def __init__(self, answer: Callable[[str, httpx.Request], httpx.Response]) -> None:
         self.refusing: set[str] = set()
@@ -300,6 +303,43 @@ async def test_E6_nobody_listens_at_one_pod_so_another_is_asked() -> None:
     route.refusing = {"a", "b"}
     with pytest.raises(httpx.ConnectError, match="connection refused"):
         await client.post()
+
+
+async def test_E6_who_takes_no_connection_comes_last_for_a_while(autojump_clock: trio.testing.MockClock) -> None:
+    """A pod of a lost node stays in the list for most of a minute, and each try of it may take seconds."""
+    route = FakeRoute(open_session)
+    client = Client(FakeEndpoints(*pods("a", "b")), route)
+    route.refusing = {"a"}
+    for _ in range(6):
+        await client.post()
+    assert route.log.count("a") == 1
+    route.refusing = set()
+    await trio.sleep(AVOIDED)
+    assert {(await client.post()).text for _ in range(4)} == {"a", "b"}
+
+
+async def test_E6_RB63_a_session_whose_pod_is_silent_ends_only_if_nobody_can_say_whether_it_is_there() -> None:
+    route = FakeRoute(open_session)
+    endpoints = FakeEndpoints(*pods("a", "b"))
+    client = Client(endpoints, route)
+    opened = await client.post("initialize")
+    home, session = opened.text, opened.headers["mcp-session-id"]
+    route.refusing = {home}
+    with pytest.raises(httpx.ConnectError):
+        await client.post(session=session)  # the cluster says that it is there
+    endpoints.trouble = "Kubernetes can't be reached"
+    route.direct = False
+    with pytest.raises(httpx.ConnectError):
+        await client.post(session=session)  # it is the API that is not there
+    route.direct = True
+    endpoints.become(*pods(home))
+    with pytest.raises(httpx.ConnectError):
+        await client.post(session=session)  # and where else should it go?
+    endpoints.become(*pods("a", "b"))
+    assert (await client.post(session=session)).status_code == 404
+    again = await client.post("initialize")
+    assert again.text != home
+    assert (await client.post(session=again.headers["mcp-session-id"])).text == again.text
 
 
 async def test_E6_a_request_that_may_have_been_seen_is_never_sent_again() -> None:

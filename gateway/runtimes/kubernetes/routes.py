@@ -4,7 +4,8 @@ A ``Route`` is one way: to the pods' addresses from inside the cluster; from out
 port-forwarding, as its proxy of pods, or as its proxy of Services. ``Balanced`` is the httpx transport over it: each
 request goes to the least busy ready pod, but those of a session of the legacy era go to the pod that has opened it.
 When that one is gone so is the session, and the transport answers 404 in its place: what was sent has not run, so the
-link opens another session elsewhere (specification 2025-11-25, transports, session management).
+link opens another session elsewhere (specification 2025-11-25, transports, session management). Which pods are gone
+the cluster says; while it can't be asked, one that takes no connection counts as gone if another is left.
 
 A request is sent again only where it is certain that no pod has seen it: nobody was there to connect to.
 """
@@ -44,6 +45,8 @@ KEEP_ALIVE: Final = 4.0
 """Seconds an idle connection is kept, see ``upstream.dial``."""
 CONNECT_LIMIT: Final = 5.0
 """Seconds for one pod to take a connection: a pod that is gone answers nothing."""
+AVOIDED: Final = 10.0
+"""Seconds in which others come before a pod that has taken no connection."""
 MAX_TRIES: Final = 3
 """Pods that are tried for one request."""
 READY_WAIT: Final = 25.0
@@ -61,10 +64,16 @@ ERROR_CHANNEL: Final = 1
 
 
 class Route(Protocol):
-    """One way to the pods. ``via`` is what people are shown; ``exact`` if it leads to the pod that is chosen."""
+    """One way to the pods.
+
+    via     what people are shown
+    exact   it leads to the pod that is chosen
+    direct  it does without the cluster's API
+    """
 
     via: str
     exact: bool
+    direct: bool
 
     def transport(self) -> httpx.AsyncBaseTransport:
         """What carries requests this way; the caller closes it."""
@@ -98,6 +107,7 @@ class DirectRoute:
 
     via = "pod address"
     exact = True
+    direct = True
 
     def __init__(self, context: ssl.SSLContext | None, server_name: str) -> None:
         self._context = context
@@ -120,6 +130,7 @@ class ForwardRoute(DirectRoute):
     """Through connections that the API forwards to a pod's port."""
 
     via = "port-forward"
+    direct = False
 
     def __init__(self, context: ssl.SSLContext | None, server_name: str, cluster: Cluster, namespace: str) -> None:
         super().__init__(context, server_name)
@@ -136,6 +147,8 @@ class ForwardRoute(DirectRoute):
 
 class ProxyRoute:
     """Through the API's own HTTP proxy, of one pod or of the Service as a whole."""
+
+    direct = False
 
     def __init__(self, cluster: Cluster, namespace: str, service: str = "", port: str = "") -> None:
         self.via = "service proxy of the API" if service else "pod proxy of the API"
@@ -420,6 +433,7 @@ class Load:
         self._waiting: dict[Endpoint, int] = {}
         self._turn: dict[Endpoint, int] = {}
         self._turns = 0
+        self._avoided: dict[Endpoint, float] = {}
 
     @property
     def total(self) -> int:
@@ -427,8 +441,18 @@ class Load:
         return sum(self._waiting.values())
 
     def least(self, endpoints: Iterable[Endpoint]) -> Endpoint:
-        """The least busy one; of equals the one whose last request was the longest ago."""
-        return min(endpoints, key=lambda each: (self._waiting.get(each, 0), self._turn.get(each, 0)))
+        """The least busy one; of equals the one whose last request was the longest ago. Those to be avoided last."""
+        now = trio.current_time()
+
+        def rank(each: Endpoint) -> tuple[bool, int, int]:
+            avoided = self._avoided.get(each, now) > now
+            return avoided, self._waiting.get(each, 0), self._turn.get(each, 0)
+
+        return min(endpoints, key=rank)
+
+    def avoid(self, endpoint: Endpoint) -> None:
+        """It has taken no connection: for a while others come first, or each request in turn would wait for it."""
+        self._avoided[endpoint] = trio.current_time() + AVOIDED
 
     def begin(self, endpoint: Endpoint) -> Callable[[], None]:
         """A request goes there; call what is returned at its end, once or more."""
@@ -448,6 +472,7 @@ class Load:
     def keep(self, endpoints: Iterable[Endpoint]) -> None:
         """Forget the pods that are gone, but for what still runs there."""
         kept = set(endpoints)
+        self._avoided = {each: until for each, until in self._avoided.items() if each in kept}
         for endpoint in [each for each in self._turn if each not in kept and not self._waiting.get(each)]:
             del self._turn[endpoint]
             self._waiting.pop(endpoint, None)
@@ -479,7 +504,13 @@ class Balanced(httpx.AsyncBaseTransport):
             bound = self._stream
         await request.aread()  # in memory anyway; so it can be sent again where nobody has got it
         if bound is not None:
-            return await self._send(request, bound)
+            try:
+                return await self._send(request, bound)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                if not session or not self._given_up(bound):
+                    raise
+                self._sessions.pop(session, None)
+                return httpx.Response(404, request=request)
         tried: set[Endpoint] = set()
         while True:
             endpoint = await self._choose(tried)
@@ -487,8 +518,14 @@ class Balanced(httpx.AsyncBaseTransport):
                 return await self._send(request, endpoint)
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 tried.add(endpoint)
+                self._load.avoid(endpoint)
                 if len(tried) >= MAX_TRIES or not set(self._endpoints.ready) - tried:
                     raise
+
+    def _given_up(self, endpoint: Endpoint) -> bool:
+        """Whether a pod that has just taken no connection is to be believed gone. Not if the API was in between."""
+        unknown = bool(self._endpoints.trouble) and self._route.direct
+        return unknown and any(each != endpoint for each in self._endpoints.ready)
 
     async def _choose(self, tried: set[Endpoint]) -> Endpoint:
         """The least busy ready pod. Waits a while for one where some are coming up."""
