@@ -304,6 +304,51 @@ def test_E5_a_hand_that_changes_the_replicas_wins(scaled: Scaled) -> None:
     assert scaled.replicas == 2
 
 
+def test_E5_an_autoscaler_that_changes_the_replicas_wins(scaled: Scaled) -> None:
+    """It lets alone what is at zero, and then wants two at least."""
+    made = {
+        "apiVersion": "autoscaling/v1",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": scaled.name, "namespace": scaled.namespace},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": scaled.name},
+            "minReplicas": 2,
+            "maxReplicas": 3,
+            "targetCPUUtilizationPercentage": 80,
+        },
+    }
+    scaled.cluster.apply(made)
+    gateway = scaled.gateway(1, idle_timeout_seconds=25)
+    assert scaled.replicas == 0
+    assert gateway.call("s", "echo", {"text": "1"}) == "1"
+    until(lambda: scaled.replicas == 2, 60, "the autoscaler does nothing here")
+    gateway.wait_for_line("Server stopped", seconds=60)
+    assert scaled.replicas == 2
+    assert not any("open-mcp-gateway/scaled" in name for name in annotations(scaled)), "it is not ours any more"
+    assert gateway.call("s", "echo", {"text": "2"}) == "2"
+
+
+def test_E5_a_stateful_set_is_scaled_like_a_deployment(cluster: Cluster, tmp_path: Path) -> None:
+    with cluster.namespace() as namespace:
+        made = workload(namespace, "lazy", 0)
+        cluster.apply({**made, "kind": "StatefulSet", "spec": {**made["spec"], "serviceName": "lazy"}})
+        cluster.apply(service(namespace, "lazy"))
+        runtime = {"type": "k8s-service", "namespace": namespace, "service_name": "lazy", "port": 80}
+        runtime["scale"] = {"kind": "StatefulSet", "name": "lazy", "max": 2}
+        entry = {"id": "s", "runtime": runtime, "idle_timeout_seconds": 5, "start_timeout_seconds": 90}
+
+        def wanted() -> int:
+            return int(cluster.get(namespace, "statefulset", "lazy")["spec"]["replicas"])
+
+        environ = {"KUBECONFIG": str(cluster.kubeconfig)}
+        with RunningGateway(tmp_path, [entry], config={"request_timeout_seconds": 90}, env=environ) as gateway:
+            assert gateway.call("s", "echo", {"text": "hi"}) == "hi"
+            assert wanted() == 2
+            (shown,) = gateway.json("GET", "/servers/s")["instances"]
+            assert shown["scales"] == "StatefulSet 'lazy'" and shown["pods"][0].startswith("lazy-0 (")
+            until(lambda: wanted() == 0, 30, "it is not taken down")
+
+
 @pytest.mark.parametrize("trouble", ["quota", "image"])
 def test_E6_RB61_what_keeps_it_down_is_told_in_kubernetes_words(scaled: Scaled, trouble: str) -> None:
     if trouble == "quota":
