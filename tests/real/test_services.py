@@ -159,6 +159,55 @@ async def test_E1_K27_every_way_serves_both_eras(
                 assert len(seen) == 2, "requests without a session go to all pods"
 
 
+OVER_TLS = """
+import runpy, sys
+sys.path.insert(0, "/app/lib")
+import uvicorn
+from mcp.server.transport_security import TransportSecuritySettings
+server = runpy.run_path("/app/server.py", run_name="server")["server"]
+open_to_all = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+app = server.streamable_http_app(transport_security=open_to_all)
+uvicorn.run(app, host="0.0.0.0", port=8000, ssl_keyfile="/tls/tls.key", ssl_certfile="/tls/tls.crt")
+"""
+
+
+@pytest.mark.parametrize("way", ["port-forward", "pod address"])
+async def test_K27_pods_that_speak_https_are_checked_for_the_service_s_name(
+    place: Place, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, namespace = place.cluster, place.namespace
+    safe, false = f"safe-{way[:3]}", f"false-{way[:3]}"
+    for name, host in ((safe, f"{safe}.{namespace}.svc"), (false, "somebody.else.example")):
+        words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
+        words += ["-addext", f"subjectAltName=DNS:{host}", "-keyout", f"{name}.key", "-out", f"{name}.crt"]
+        subprocess.run(words, cwd=tmp_path, capture_output=True, check=True)
+        files = {"tls.crt": (tmp_path / f"{name}.crt").read_text(), "tls.key": (tmp_path / f"{name}.key").read_text()}
+        meta = {"name": name, "namespace": namespace}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": meta, "stringData": files}
+        mounts = [{"name": "tls", "mountPath": "/tls"}]
+        command = ["/usr/bin/python3", "-I", "-c", OVER_TLS]
+        made = workload(namespace, name, 1, command=command, args=[], volumeMounts=mounts)
+        made["spec"]["template"]["spec"]["volumes"] = [{"name": "tls", "secret": {"secretName": name}}]
+        cluster.apply(secret, made, service(namespace, name))
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_text((tmp_path / f"{safe}.crt").read_text() + (tmp_path / f"{false}.crt").read_text())
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    environ = place.environ(way, monkeypatch)
+    await trio.to_thread.run_sync(
+        until, lambda: ready(cluster, namespace, safe) == ready(cluster, namespace, false) == 1, PATIENCE
+    )
+    with trio.fail_after(PATIENCE):
+        around = Surroundings("s", {}, environ=environ)
+        async with open_service(place.spec(service_name=safe, scheme="https"), around) as origin:
+            assert origin.details["via"] == way
+            async with spoken_to(origin, Era.LEGACY) as link:
+                assert await call(link, "echo", text="hi") == "hi"
+        async with open_service(place.spec(service_name=false, scheme="https"), around) as origin:
+            with pytest.raises(GatewayError, match="TLS certificate refused: Hostname mismatch"):
+                async with spoken_to(origin, Era.LEGACY):
+                    raise AssertionError("it connected")
+
+
 async def test_E1_sessions_spread_over_the_pods(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     environ = place.environ("pod address", monkeypatch)
     seen = set()

@@ -248,6 +248,14 @@ class _ForwardBackend(httpcore.AsyncNetworkBackend):
 class _ForwardedConnection(TrioStream):
     """A forwarded connection as httpcore wants it."""
 
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        """See httpcore: what is inside TLS is still one of these."""
+        made = await super().start_tls(ssl_context, server_hostname, timeout)
+        assert isinstance(made, TrioStream)
+        return _ForwardedConnection(made._stream)
+
     def get_extra_info(self, info: str) -> Any:
         """httpcore asks an idle connection whether there is anything to read, which means that it has ended."""
         stream = self._stream
