@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 import httpx
 import trio
 
+from gateway.bodies import Body, unwound
 from gateway.errors import (
     CredentialsRefused,
     GatewayError,
@@ -608,34 +609,13 @@ class HttpLink:
         call.deliver(Interim(build_notification(message.method, text)))
 
 
-class _Body(httpx.AsyncByteStream):
-    """A request's body. httpx's own is an async generator, which a send that is cancelled leaves to the collector."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data: bytes | None = data
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        data, self._data = self._data, None
-        if data is None:
-            raise StopAsyncIteration
-        return data
+class _Body(Body, httpx.AsyncByteStream):
+    """As httpx insists on it."""
 
 
-@asynccontextmanager
-async def body_of(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The body as it comes. Left early, the generators underneath are unwound at once instead of by the collector."""
-    chunks = aiter(response.stream)  # type: ignore[arg-type]
-    try:
-        yield chunks
-    finally:
-        # Closing the outermost would leave those inside it suspended; a cancellation at their next read ends them all.
-        with trio.CancelScope() as scope, suppress(httpx.HTTPError):
-            scope.cancel()
-            async for _ in chunks:
-                pass
+def body_of(response: httpx.Response) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+    """The body as it comes."""
+    return unwound(aiter(response.stream), httpx.HTTPError)  # type: ignore[arg-type]
 
 
 def content_type(response: httpx.Response) -> str:
