@@ -30,7 +30,7 @@ from gateway.errors import (
     ServerProtocolError,
     UpstreamError,
 )
-from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
+from gateway.exchange import Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
 from gateway.protocol.eras import LEGACY_VERSIONS, Era, level_at_least
 from gateway.protocol.message import (
     ERROR,
@@ -39,7 +39,6 @@ from gateway.protocol.message import (
     Malformed,
     Message,
     build_notification,
-    build_result,
     decode_reply,
     dumps,
     split_batch,
@@ -48,6 +47,7 @@ from gateway.protocol.message import (
 from gateway.protocol.sse import Decoder, Event, Oversize
 from gateway.protocol.translate import progress_for
 from gateway.telemetry.logs import TRACE, Throttle
+from gateway.upstream.asks import Asks
 from gateway.upstream.dial import CONNECT_LIMIT, Target, border
 from gateway.upstream.modern import cleaned_tools, legacy_params
 from gateway.upstream.pending import Pending
@@ -71,8 +71,6 @@ __all__ = [
 
 log = logging.getLogger("gateway_core")
 
-MAX_ASKS: Final = 64
-"""Questions of one server that may be open."""
 MAX_POSTS: Final = 256
 """Notifications and answers that may be on their way to one server; more are dropped."""
 POST_LIMIT: Final = 30.0
@@ -161,7 +159,6 @@ class HttpLink:
         self._details = details
         self._max = terms.max_message_bytes
         self._can_ask = terms.isolated
-        self._asks: dict[str, tuple[Ask, int]] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._posts = 0
         self._strikes = 0
@@ -170,6 +167,7 @@ class HttpLink:
         self._closed = trio.Event()
         self._wake_sweeper = trio.Event()
         self._noise = Throttle(log)
+        self._asks = Asks(terms.server_id, self._post_soon, self._noise)
         nursery.start_soon(self._sweeper)
 
     def __repr__(self) -> str:
@@ -201,9 +199,7 @@ class HttpLink:
         self.pending.fail_all(error)
         for scope in self._scopes.values():
             scope.cancel()
-        for ask, _ in list(self._asks.values()):
-            ask.withdraw("the server has ended")
-        self._asks.clear()
+        self._asks.withdraw("the server has ended")
         self._wake_sweeper.set()
         self._closed.set()
 
@@ -260,10 +256,7 @@ class HttpLink:
                 call.fail(error)
         finally:
             del self._scopes[id]
-            for key, (ask, owner) in list(self._asks.items()):
-                if owner == id:
-                    del self._asks[key]
-                    ask.withdraw("the request behind it has ended")
+            self._asks.withdraw("the request behind it has ended", id)
 
     async def _lower_level(self, level: str) -> None:
         """A modern client wants logs with this call: have the server send them (protocol.md section 4.1, log).
@@ -545,24 +538,10 @@ class HttpLink:
         call.finish(Reply(message))
 
     def _asked(self, message: Message, call: Call | None, id: int) -> None:
-        if message.method == "ping":
-            self._post_soon(build_result(message.id_text, "{}"))
-            return
-        key = message.id_text
-        if key in self._asks:
-            self._noise.warning("ask-id", "server %s reused the id %s of an open request", self.server_id, key)
-            return
-
-        def answer(text: str) -> None:
-            self._asks.pop(key, None)
-            self._post_soon(text)
-
-        ask = Ask(message, answer)
-        if not self._can_ask or len(self._asks) >= MAX_ASKS:
-            decline(ask)
+        ask = self._asks.take(message, allowed=self._can_ask, owner=id)
+        if ask is None:
             return
         sole = self.pending.sole_client_call()
-        self._asks[key] = (ask, id)
         if call is None and self.prefers_sole_call:
             call = sole
         # Python servers put a call's question on the session's stream when the tool does not name its request, so the
@@ -582,9 +561,7 @@ class HttpLink:
             if call is not None:
                 self._progressed(call, message)
         elif method == "notifications/cancelled":
-            ask, _ = self._asks.pop(dumps(message.param("requestId")), (None, None))
-            if ask is not None:
-                ask.withdraw(str(message.param("reason") or "")[:200])
+            self._asks.cancelled(message)
         elif method.endswith("/list_changed") or method == "notifications/resources/updated":
             self._terms.on_notice(message)
         else:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import trio
 
 from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed
-from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
+from gateway.exchange import Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
 from gateway.protocol import handshake
 from gateway.protocol.eras import INPUT_METHODS, LEGACY_VERSIONS, SUBSCRIPTION_ID, Era, level_at_least
 from gateway.protocol.framing import LineDecoder, Oversize
@@ -41,6 +41,7 @@ from gateway.protocol.message import (
 from gateway.protocol.translate import progress_for, to_legacy
 from gateway.runtimes.base import Pipe
 from gateway.telemetry.logs import TRACE, Throttle
+from gateway.upstream.asks import Asks
 from gateway.upstream.modern import (
     ACKNOWLEDGED,
     LISTEN,
@@ -113,9 +114,9 @@ class PipeLink:
         self._queued = 0
         self._wake_writer = trio.Event()
         self._wake_sweeper = trio.Event()
-        self._asks: dict[str, Ask] = {}
         self._closed = trio.Event()
         self._noise = Throttle(log)
+        self._asks = Asks(terms.server_id, self._post, self._noise)
 
     def __repr__(self) -> str:
         return f"<PipeLink {self.server_id} in_flight={len(self.pending)}{' lost' if self.lost else ''}>"
@@ -198,9 +199,7 @@ class PipeLink:
         if self.lost is None:
             self.lost = error
         self.pending.fail_all(self.lost)
-        for ask in list(self._asks.values()):
-            ask.withdraw("the server has ended")
-        self._asks.clear()
+        self._asks.withdraw("the server has ended")
         if self._listener is not None:
             self._listener.end()
         self._closed.set()
@@ -535,24 +534,10 @@ class PipeLink:
             listener.end()
 
     def _asked(self, message: Message) -> None:
-        if message.method == "ping":
-            self._post(build_result(message.id_text, "{}"))
-            return
-        key = message.id_text
-        if key in self._asks:
-            self._noise.warning("ask-id", "server %s reused the id %s of an open request", self.server_id, key)
-            return
-
-        def answer(text: str) -> None:
-            self._asks.pop(key, None)
-            self._post(text)
-
-        ask = Ask(message, answer)
-        if not self._isolated or self.era is Era.MODERN or len(self._asks) >= 64:
-            decline(ask)
+        ask = self._asks.take(message, allowed=self._isolated and self.era is not Era.MODERN)
+        if ask is None:
             return
         call = self.pending.sole_client_call()
-        self._asks[key] = ask
         if call is not None:
             call.deliver(ask)
         elif not self._terms.on_ask(ask):
@@ -565,9 +550,7 @@ class PipeLink:
             if call is not None:
                 self._progressed(call, message)
         elif method == "notifications/cancelled":
-            ask = self._asks.pop(dumps(message.param("requestId")), None)
-            if ask is not None:
-                ask.withdraw(str(message.param("reason") or "")[:200])
+            self._asks.cancelled(message)
         elif method == ACKNOWLEDGED:
             listener = self._listener
             if listener is not None and message.meta.get(SUBSCRIPTION_ID) == listener.id:
