@@ -31,7 +31,7 @@ from gateway.errors import (
     UpstreamError,
 )
 from gateway.exchange import Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
-from gateway.protocol.eras import LEGACY_VERSIONS, Era, level_at_least
+from gateway.protocol.eras import Era, level_at_least
 from gateway.protocol.message import (
     ERROR,
     NOTIFICATION,
@@ -45,11 +45,10 @@ from gateway.protocol.message import (
     text_of,
 )
 from gateway.protocol.sse import Decoder, Event, Oversize
-from gateway.protocol.translate import progress_for
 from gateway.telemetry.logs import TRACE, Throttle
 from gateway.upstream.asks import Asks
 from gateway.upstream.dial import CONNECT_LIMIT, Target, border
-from gateway.upstream.modern import cleaned_tools, legacy_params
+from gateway.upstream.modern import cleaned_tools, legacy_params, pass_progress
 from gateway.upstream.pending import Pending
 from gateway.upstream.pipe import TICK
 from gateway.upstream.tasks import TaskRun, needs_task
@@ -91,8 +90,6 @@ DISCARD_LIMIT: Final = 1.0
 MAX_SMALL: Final = 64 * 1024
 """Bytes read of a body that should hold nothing or an error."""
 JSON_BODY: Final = (b"content-type", b"application/json")
-OLDEST: Final = LEGACY_VERSIONS[0]
-"""Its progress has no message."""
 
 _any_id = re.compile(rb'"id" ?: ?([0-9]{1,18})')
 about_session = re.compile(r"session|not initialized", re.IGNORECASE).search
@@ -522,11 +519,7 @@ class HttpLink:
         elif run is None and needs_task(self.facts.get("capabilities", {}), method, message):
             call.id = self.pending.new_id()
             call.rounds = run = TaskRun(call.id)
-            own = exchange.changes
-            exchange.changes = {**(own or {}), **run.changes}
-            params = legacy_params(exchange, call.id)
-            exchange.changes = own
-            self._go(call, method, params)
+            self._go(call, method, legacy_params(exchange, call.id, run.changes))
             return
         elif type(run) is TaskRun:
             after = run.take(message)
@@ -576,14 +569,7 @@ class HttpLink:
                 self._terms.on_notice(message)
 
     def _progressed(self, call: Call, message: Message) -> None:
-        client = call.exchange.client
-        token = call.exchange.message.meta.get("progressToken")
-        if token is None:
-            return
-        if client.version == OLDEST and message.param("message") is not None:
-            message = progress_for(message, OLDEST)
-        text = message.params_text({"progressToken": dumps(token)})
-        call.deliver(Interim(build_notification(message.method, text)))
+        pass_progress(call, message)
 
 
 class _Body(Body, httpx.AsyncByteStream):

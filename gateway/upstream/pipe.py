@@ -13,7 +13,6 @@ import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from math import inf
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ import trio
 from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed
 from gateway.exchange import Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
 from gateway.protocol import handshake
-from gateway.protocol.eras import INPUT_METHODS, LEGACY_VERSIONS, SUBSCRIPTION_ID, Era, level_at_least
+from gateway.protocol.eras import INPUT_METHODS, SUBSCRIPTION_ID, Era, level_at_least
 from gateway.protocol.framing import LineDecoder, Oversize
 from gateway.protocol.message import (
     ERROR,
@@ -38,7 +37,7 @@ from gateway.protocol.message import (
     decode_reply,
     dumps,
 )
-from gateway.protocol.translate import progress_for, to_legacy
+from gateway.protocol.translate import to_legacy
 from gateway.runtimes.base import Pipe
 from gateway.telemetry.logs import TRACE, Throttle
 from gateway.upstream.asks import Asks
@@ -51,6 +50,7 @@ from gateway.upstream.modern import (
     legacy_params,
     listen_params,
     modern_params,
+    pass_progress,
     untagged,
 )
 from gateway.upstream.pending import Pending
@@ -75,8 +75,6 @@ LATE: Final = 120.0
 """Seconds for which a late answer to the probe is of interest."""
 POST_LIMIT: Final = 30.0
 """Seconds a request of the gateway's own may take that nobody waits for."""
-OLDEST: Final = LEGACY_VERSIONS[0]
-"""Its progress has no message."""
 EXIT_WAIT: Final = 0.05
 """Seconds to wait for the exit code after the end of the output, so that callers are told why (P4: 100 ms)."""
 
@@ -267,14 +265,10 @@ class PipeLink:
         """Send a call's next round, under an id of its own."""
         if call.done:
             return
-        exchange = call.exchange
-        own = exchange.changes
-        exchange.changes = {**own, **changes} if own else changes
         self.pending.drop(call)
         id = self.pending.new_id()
-        params = modern_params(exchange, id, self._terms.info)
-        exchange.changes = own
-        self._go_on(call, id, exchange.message.method, params)
+        params = modern_params(call.exchange, id, self._terms.info, changes)
+        self._go_on(call, id, call.exchange.message.method, params)
 
     async def request(self, method: str, params_text: str = "", *, timeout: float) -> Message:
         """A request of the gateway's own: the reply, which may be an error. Raises what ``Call.next`` raises.
@@ -474,14 +468,7 @@ class PipeLink:
         if is_input_required(message) and exchange.message.method in INPUT_METHODS:
             call.id = self.pending.new_id()
             self.pending.add(call)
-            try:
-                pause = self._rounds_of(call).take(message)
-            except GatewayError as error:
-                self.pending.drop(call)
-                call.fail(error)
-                return
-            if pause is not None:
-                self._nursery.start_soon(self._go_after, call, pause)
+            Rounds.of(call, self._again).another(message, self.pending, self._nursery)
             return
         method = exchange.message.method
         call.finish(Reply(to_legacy(method, message, exchange.client.version, uri=str(exchange.message.param("uri")))))
@@ -491,10 +478,7 @@ class PipeLink:
         exchange, run = call.exchange, call.rounds
         if run is None and needs_task(self.facts.get("capabilities", {}), exchange.message.method, message):
             call.rounds = run = TaskRun(self.pending.new_id())
-            own = exchange.changes
-            exchange.changes = {**(own or {}), **run.changes}
-            params = legacy_params(exchange, run.token)
-            exchange.changes = own
+            params = legacy_params(exchange, run.token, run.changes)
             self._go_on(call, run.token, exchange.message.method, params)
             return
         after = run.take(message) if run is not None else None
@@ -514,17 +498,6 @@ class PipeLink:
             return
         self.pending.add(call)
         self._wake_sweeper.set()
-
-    def _rounds_of(self, call: Call) -> Rounds:
-        if call.rounds is None:
-            call.rounds = Rounds(call, partial(self._again, call))
-        rounds: Rounds = call.rounds
-        return rounds
-
-    async def _go_after(self, call: Call, seconds: float) -> None:
-        await trio.sleep(seconds)
-        if not call.done:
-            call.rounds.go()
 
     def _listen_ended(self, message: Message) -> None:
         listener = self._listener
@@ -565,18 +538,11 @@ class PipeLink:
 
     def _progressed(self, call: Call, message: Message) -> None:
         exchange = call.exchange
-        token = exchange.message.meta.get("progressToken")
-        if token is None:
-            return
         bridged = self.era is Era.MODERN and exchange.client.era is Era.LEGACY
         # It may take several rounds, each of which counts anew.
         in_rounds = bridged and exchange.message.method in INPUT_METHODS
-        if in_rounds and not self._rounds_of(call).risen(message.param("progress")):
-            return
-        if exchange.client.version == OLDEST and "message" in message.params:
-            message = progress_for(message, OLDEST)
-        text = message.params_text({"progressToken": dumps(token)})
-        call.deliver(Interim(build_notification(message.method, text)))
+        if not in_rounds or Rounds.of(call, self._again).risen(message.param("progress")):
+            pass_progress(call, message)
 
     def _oversize(self, item: Oversize) -> None:
         """A line over the limit: end the call it answers, or every call if that can't be told (RB09)."""
