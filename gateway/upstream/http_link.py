@@ -91,7 +91,6 @@ MAX_SMALL: Final = 64 * 1024
 """Bytes read of a body that should hold nothing or an error."""
 JSON_BODY: Final = (b"content-type", b"application/json")
 
-_any_id = re.compile(rb'"id" ?: ?([0-9]{1,18})')
 about_session = re.compile(r"session|not initialized", re.IGNORECASE).search
 """Whether an error's text says that the server wants a session, or another one."""
 
@@ -483,13 +482,7 @@ class HttpLink:
         """An event over the limit on a shared stream: end the call it answers, or every call if that can't be told."""
         error = self._too_large()
         self._noise.warning("oversize", "%s", error.message)
-        for part in (event.head, event.tail):
-            for found in _any_id.finditer(part):
-                call = self.pending.calls.pop(int(found[1]), None)
-                if call is not None:
-                    call.fail(error)
-                    return
-        self.pending.fail_all(error)
+        self.pending.fail_answered((event.head, event.tail), error)
 
     def _message(self, message: Message, call: Call | None, id: int = 0) -> None:
         if log.isEnabledFor(TRACE):

@@ -55,6 +55,7 @@ __all__ = [
     "listen_params",
     "modern_params",
     "pass_progress",
+    "promised",
     "untagged",
 ]
 
@@ -202,6 +203,12 @@ def listen_params(capabilities: Mapping[str, Any], uris: Iterable[str], info: Ma
     if not wanted:
         return ""
     return f'{{"notifications":{dumps(wanted)},"_meta":{{{context_meta(INTERNAL, info)}}}}}'
+
+
+def promised(filter: object) -> frozenset[str]:
+    """The resources whose updates a server has acknowledged."""
+    found = filter.get("resourceSubscriptions") if type(filter) is dict else None
+    return frozenset(uri for uri in found if type(uri) is str) if type(found) is list else frozenset()
 
 
 def cleaned_tools(message: Message, *, drop_invalid: bool = False) -> Message:

@@ -79,6 +79,7 @@ from gateway.upstream.modern import (
     is_input_required,
     listen_params,
     modern_params,
+    promised,
     untagged,
 )
 
@@ -125,8 +126,7 @@ class Listener:
 
     def acknowledge(self, filter: object) -> None:
         """The server has said what it will send."""
-        found = filter.get("resourceSubscriptions") if type(filter) is dict else None
-        self.honoured = frozenset(uri for uri in found if type(uri) is str) if type(found) is list else frozenset()
+        self.honoured = promised(filter)
         self.settled.set()
 
     def end(self) -> None:

@@ -9,7 +9,6 @@ only. Everything the server writes is hostile until decoded: see ``_line`` and `
 from __future__ import annotations
 
 import logging
-import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -51,6 +50,7 @@ from gateway.upstream.modern import (
     listen_params,
     modern_params,
     pass_progress,
+    promised,
     untagged,
 )
 from gateway.upstream.pending import Pending
@@ -77,8 +77,6 @@ POST_LIMIT: Final = 30.0
 """Seconds a request of the gateway's own may take that nobody waits for."""
 EXIT_WAIT: Final = 0.05
 """Seconds to wait for the exit code after the end of the output, so that callers are told why (P4: 100 ms)."""
-
-_any_id = re.compile(rb'"id" ?: ?([0-9]{1,18})')
 
 
 class PipeLink:
@@ -550,13 +548,7 @@ class PipeLink:
             f"Server '{self.server_id}' sent a message of over {self._max_message_bytes} bytes (max_message_bytes)"
         )
         self._noise.warning("oversize", "%s", error.message)
-        for part in (item.head, item.tail):
-            for found in _any_id.finditer(part):
-                call = self.pending.calls.pop(int(found[1]), None)
-                if call is not None:
-                    call.fail(error)
-                    return
-        self.pending.fail_all(error)
+        self.pending.fail_answered((item.head, item.tail), error)
 
 
 class Listener:
@@ -571,10 +563,9 @@ class Listener:
         self.acknowledged = trio.Event()
         self.error: str | None = None
 
-    def acknowledge(self, honoured: object) -> None:
+    def acknowledge(self, filter: object) -> None:
         """The server has said what it will send."""
-        found = honoured.get("resourceSubscriptions") if type(honoured) is dict else None
-        self.honoured = frozenset(uri for uri in found if type(uri) is str) if type(found) is list else frozenset()
+        self.honoured = promised(filter)
         self.acknowledged.set()
 
     def end(self) -> None:
