@@ -20,9 +20,8 @@ from secrets import token_hex
 from typing import Any
 
 import pytest
+from engines import FOLDER, IMAGE, image
 
-FOLDER = Path(__file__).resolve().parent / "real" / "engines"
-IMAGE = "mcp-fixtures:1"
 PREFIX = os.environ.get("MCP_TEST_NAMESPACES", "test")
 
 
@@ -125,7 +124,7 @@ def kube() -> Iterator[Kube]:
 
     try:
         run("docker-engine", "start", str(folder))
-        run("image.py", f"unix://{folder}/docker.sock")
+        image.build(f"unix://{folder}/docker.sock")
         run("kube-engine", "start", str(folder))
         yield Kube(folder / "kube" / "admin.conf")
     finally:

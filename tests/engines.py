@@ -20,7 +20,6 @@ from urllib.parse import quote
 import pytest
 
 FOLDER = Path(__file__).resolve().parent / "real" / "engines"
-IMAGE = "mcp-fixtures:1"
 PODMAN_CONF = """\
 [engine]
 runtime="runc"
@@ -41,6 +40,7 @@ def _image_module() -> ModuleType:
 
 
 image = _image_module()
+IMAGE: str = image.FIXTURES.tag
 
 
 def _runs(pid: int) -> bool:

@@ -33,6 +33,25 @@ class OpenPeer(Protocol):
     def __call__(self, *, stop_grace: float = 1.0) -> AbstractAsyncContextManager[Pipe]: ...
 
 
+class Instance:
+    """Implements ``base.Instance``; remembers what it is told."""
+
+    id = "ab" * 16
+
+    def __init__(self) -> None:
+        self.used: list[tuple[str, str]] = []
+        self.left = 0
+
+    def uses(self, type: str, where: str) -> None:
+        self.used.append((type, where))
+
+    def leaves(self) -> None:
+        self.left += 1
+
+    def dead(self, id: str) -> bool:
+        return id == "de" * 16
+
+
 async def send(pipe: Pipe, data: bytes) -> None:
     """Write all, as a link does."""
     while data:

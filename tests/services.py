@@ -16,9 +16,10 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from clusters import FOLDER, PREFIX, Kube
+from clusters import PREFIX, Kube
+from engines import image
 
-SDK_IMAGE = "mcp-sdk:1"
+SDK_IMAGE: str = image.SDK.tag
 
 Json = dict[str, Any]
 
@@ -35,17 +36,11 @@ class Cluster:
         self.server: str = cluster["server"]
         self.ca = base64.b64decode(cluster["certificate-authority-data"]).decode()
         self._tls = ssl.create_default_context(cadata=self.ca)
-        self._run("mcp-image", "--host", self.docker_host, "sdk")
-
-    def _run(self, script: str, *words: str) -> str:
-        argv = [str(FOLDER / script), *words]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        image.build(self.docker_host, image.SDK)
 
     def gateway_image(self, pyz: Path) -> str:
         """An image whose entry point is this archive, as the released one's is ``gateway-http``."""
-        return self._run("gateway-image", self.docker_host, str(pyz)).strip()
+        return str(image.build(self.docker_host, image.gateway(pyz)))
 
     # ------------------------------------------------------------------------------------------- as an administrator
     def kubectl(self, *words: str, given: Any = None, check: bool = True) -> str:

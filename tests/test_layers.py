@@ -17,7 +17,7 @@ PACKAGE = ROOT / "gateway"
 
 ROWS = [
     {"errors"},
-    {"protocol", "config", "hub"},
+    {"protocol", "config", "hub", "bodies"},
     {"auth", "limits", "telemetry", "runtimes"},
     {"policy", "directory", "exchange", "lifecycle", "turns"},
     {"upstream"},

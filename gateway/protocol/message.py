@@ -299,6 +299,21 @@ def _skip(text: str, at: int) -> int:
 _Found = dict[str, tuple[Any, int, int]]
 
 
+_SCAN_ERRORS: Final = (StopIteration, IndexError, ValueError, RecursionError)
+"""What a scan can end with."""
+
+
+def _malformed(error: Exception, broken: str) -> Malformed:
+    """What one of them says of the text; ``broken`` where it knows only that something is missing or out of place."""
+    if isinstance(error, Malformed):
+        return error
+    if isinstance(error, RecursionError):
+        return Malformed(f"nested deeper than {MAX_DEPTH}")
+    if isinstance(error, ValueError):  # the scanner's own, or a number of over 4,300 digits
+        return Malformed(str(error)[:120])
+    return Malformed(broken)
+
+
 def _members(text: str, at: int, scan: Scan) -> tuple[_Found, int]:
     """Read the object that opens before ``at``: its members with value, start and end, and the offset after it."""
     members: _Found = {}
@@ -326,14 +341,8 @@ def _members(text: str, at: int, scan: Scan) -> tuple[_Found, int]:
                 return members, end + 1
             else:
                 raise Malformed(f"expected , or }} at character {end}")
-    except (StopIteration, IndexError):
-        raise Malformed(f"the JSON ends or breaks near character {at}") from None
-    except Malformed:
-        raise
-    except ValueError as error:  # the scanner's own, or a number of over 4,300 digits
-        raise Malformed(str(error)[:120]) from None
-    except RecursionError:
-        raise Malformed(f"nested deeper than {MAX_DEPTH}") from None
+    except _SCAN_ERRORS as error:
+        raise _malformed(error, f"the JSON ends or breaks near character {at}") from None
 
 
 def _odd_key(text: str, at: int) -> tuple[str, int]:
@@ -379,14 +388,8 @@ def _top(text: str, scan: Scan) -> _Found:
     if found is None:
         try:
             scan(text, _skip(text, 0))
-        except (StopIteration, IndexError):
-            raise Malformed("the text is not JSON") from None
-        except RecursionError:
-            raise Malformed(f"nested deeper than {MAX_DEPTH}") from None
-        except Malformed:
-            raise
-        except ValueError as error:
-            raise Malformed(str(error)[:120]) from None
+        except _SCAN_ERRORS as error:
+            raise _malformed(error, "the text is not JSON") from None
         raise Malformed("a message is a JSON object", INVALID_REQUEST)
     members, end = _members(text, found.end(), scan)
     if end != len(text) and _skip(text, end) != len(text):
@@ -469,7 +472,7 @@ def decode_reply(data: bytes | bytearray | str) -> Message:
                 message.result = value
                 message.result_span = (usual.end(), end)
                 return message
-        except (StopIteration, IndexError, ValueError, RecursionError):
+        except _SCAN_ERRORS:
             pass
     members = _top(text, _scan_reply)
     message = Message(text, NOTIFICATION)
@@ -540,14 +543,8 @@ def split_batch(data: bytes | bytearray | str) -> list[str] | None:
             if text[at] != ",":
                 raise Malformed(f"expected , or ] at character {at}")
             at = _skip(text, at + 1)
-    except (StopIteration, IndexError):
-        raise Malformed(f"the JSON ends or breaks near character {at}") from None
-    except RecursionError:
-        raise Malformed(f"nested deeper than {MAX_DEPTH}") from None
-    except Malformed:
-        raise
-    except ValueError as error:
-        raise Malformed(str(error)[:120]) from None
+    except _SCAN_ERRORS as error:
+        raise _malformed(error, f"the JSON ends or breaks near character {at}") from None
     if _skip(text, at + 1) != len(text):
         raise Malformed("something follows the batch")
     return entries

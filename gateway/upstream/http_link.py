@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 import httpx
 import trio
 
+from gateway.bodies import Body, unwound
 from gateway.errors import (
     CredentialsRefused,
     GatewayError,
@@ -29,8 +30,8 @@ from gateway.errors import (
     ServerProtocolError,
     UpstreamError,
 )
-from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
-from gateway.protocol.eras import LEGACY_VERSIONS, Era, level_at_least
+from gateway.exchange import Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
+from gateway.protocol.eras import Era, level_at_least
 from gateway.protocol.message import (
     ERROR,
     NOTIFICATION,
@@ -38,17 +39,16 @@ from gateway.protocol.message import (
     Malformed,
     Message,
     build_notification,
-    build_result,
     decode_reply,
     dumps,
     split_batch,
     text_of,
 )
 from gateway.protocol.sse import Decoder, Event, Oversize
-from gateway.protocol.translate import progress_for
 from gateway.telemetry.logs import TRACE, Throttle
+from gateway.upstream.asks import Asks
 from gateway.upstream.dial import CONNECT_LIMIT, Target, border
-from gateway.upstream.modern import cleaned_tools, legacy_params
+from gateway.upstream.modern import cleaned_tools, legacy_params, pass_progress
 from gateway.upstream.pending import Pending
 from gateway.upstream.pipe import TICK
 from gateway.upstream.tasks import TaskRun, needs_task
@@ -70,8 +70,6 @@ __all__ = [
 
 log = logging.getLogger("gateway_core")
 
-MAX_ASKS: Final = 64
-"""Questions of one server that may be open."""
 MAX_POSTS: Final = 256
 """Notifications and answers that may be on their way to one server; more are dropped."""
 POST_LIMIT: Final = 30.0
@@ -92,10 +90,7 @@ DISCARD_LIMIT: Final = 1.0
 MAX_SMALL: Final = 64 * 1024
 """Bytes read of a body that should hold nothing or an error."""
 JSON_BODY: Final = (b"content-type", b"application/json")
-OLDEST: Final = LEGACY_VERSIONS[0]
-"""Its progress has no message."""
 
-_any_id = re.compile(rb'"id" ?: ?([0-9]{1,18})')
 about_session = re.compile(r"session|not initialized", re.IGNORECASE).search
 """Whether an error's text says that the server wants a session, or another one."""
 
@@ -160,7 +155,6 @@ class HttpLink:
         self._details = details
         self._max = terms.max_message_bytes
         self._can_ask = terms.isolated
-        self._asks: dict[str, tuple[Ask, int]] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._posts = 0
         self._strikes = 0
@@ -169,6 +163,7 @@ class HttpLink:
         self._closed = trio.Event()
         self._wake_sweeper = trio.Event()
         self._noise = Throttle(log)
+        self._asks = Asks(terms.server_id, self._post_soon, self._noise)
         nursery.start_soon(self._sweeper)
 
     def __repr__(self) -> str:
@@ -200,9 +195,7 @@ class HttpLink:
         self.pending.fail_all(error)
         for scope in self._scopes.values():
             scope.cancel()
-        for ask, _ in list(self._asks.values()):
-            ask.withdraw("the server has ended")
-        self._asks.clear()
+        self._asks.withdraw("the server has ended")
         self._wake_sweeper.set()
         self._closed.set()
 
@@ -259,10 +252,7 @@ class HttpLink:
                 call.fail(error)
         finally:
             del self._scopes[id]
-            for key, (ask, owner) in list(self._asks.items()):
-                if owner == id:
-                    del self._asks[key]
-                    ask.withdraw("the request behind it has ended")
+            self._asks.withdraw("the request behind it has ended", id)
 
     async def _lower_level(self, level: str) -> None:
         """A modern client wants logs with this call: have the server send them (protocol.md section 4.1, log).
@@ -492,13 +482,7 @@ class HttpLink:
         """An event over the limit on a shared stream: end the call it answers, or every call if that can't be told."""
         error = self._too_large()
         self._noise.warning("oversize", "%s", error.message)
-        for part in (event.head, event.tail):
-            for found in _any_id.finditer(part):
-                call = self.pending.calls.pop(int(found[1]), None)
-                if call is not None:
-                    call.fail(error)
-                    return
-        self.pending.fail_all(error)
+        self.pending.fail_answered((event.head, event.tail), error)
 
     def _message(self, message: Message, call: Call | None, id: int = 0) -> None:
         if log.isEnabledFor(TRACE):
@@ -528,11 +512,7 @@ class HttpLink:
         elif run is None and needs_task(self.facts.get("capabilities", {}), method, message):
             call.id = self.pending.new_id()
             call.rounds = run = TaskRun(call.id)
-            own = exchange.changes
-            exchange.changes = {**(own or {}), **run.changes}
-            params = legacy_params(exchange, call.id)
-            exchange.changes = own
-            self._go(call, method, params)
+            self._go(call, method, legacy_params(exchange, call.id, run.changes))
             return
         elif type(run) is TaskRun:
             after = run.take(message)
@@ -544,24 +524,10 @@ class HttpLink:
         call.finish(Reply(message))
 
     def _asked(self, message: Message, call: Call | None, id: int) -> None:
-        if message.method == "ping":
-            self._post_soon(build_result(message.id_text, "{}"))
-            return
-        key = message.id_text
-        if key in self._asks:
-            self._noise.warning("ask-id", "server %s reused the id %s of an open request", self.server_id, key)
-            return
-
-        def answer(text: str) -> None:
-            self._asks.pop(key, None)
-            self._post_soon(text)
-
-        ask = Ask(message, answer)
-        if not self._can_ask or len(self._asks) >= MAX_ASKS:
-            decline(ask)
+        ask = self._asks.take(message, allowed=self._can_ask, owner=id)
+        if ask is None:
             return
         sole = self.pending.sole_client_call()
-        self._asks[key] = (ask, id)
         if call is None and self.prefers_sole_call:
             call = sole
         # Python servers put a call's question on the session's stream when the tool does not name its request, so the
@@ -581,9 +547,7 @@ class HttpLink:
             if call is not None:
                 self._progressed(call, message)
         elif method == "notifications/cancelled":
-            ask, _ = self._asks.pop(dumps(message.param("requestId")), (None, None))
-            if ask is not None:
-                ask.withdraw(str(message.param("reason") or "")[:200])
+            self._asks.cancelled(message)
         elif method.endswith("/list_changed") or method == "notifications/resources/updated":
             self._terms.on_notice(message)
         else:
@@ -598,44 +562,16 @@ class HttpLink:
                 self._terms.on_notice(message)
 
     def _progressed(self, call: Call, message: Message) -> None:
-        client = call.exchange.client
-        token = call.exchange.message.meta.get("progressToken")
-        if token is None:
-            return
-        if client.version == OLDEST and message.param("message") is not None:
-            message = progress_for(message, OLDEST)
-        text = message.params_text({"progressToken": dumps(token)})
-        call.deliver(Interim(build_notification(message.method, text)))
+        pass_progress(call, message)
 
 
-class _Body(httpx.AsyncByteStream):
-    """A request's body. httpx's own is an async generator, which a send that is cancelled leaves to the collector."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data: bytes | None = data
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        data, self._data = self._data, None
-        if data is None:
-            raise StopAsyncIteration
-        return data
+class _Body(Body, httpx.AsyncByteStream):
+    """As httpx insists on it."""
 
 
-@asynccontextmanager
-async def body_of(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The body as it comes. Left early, the generators underneath are unwound at once instead of by the collector."""
-    chunks = aiter(response.stream)  # type: ignore[arg-type]
-    try:
-        yield chunks
-    finally:
-        # Closing the outermost would leave those inside it suspended; a cancellation at their next read ends them all.
-        with trio.CancelScope() as scope, suppress(httpx.HTTPError):
-            scope.cancel()
-            async for _ in chunks:
-                pass
+def body_of(response: httpx.Response) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+    """The body as it comes."""
+    return unwound(aiter(response.stream), httpx.HTTPError)  # type: ignore[arg-type]
 
 
 def content_type(response: httpx.Response) -> str:

@@ -5,7 +5,7 @@ Every request leaves with the context that its server's era wants: ``modern_para
 legacy server would have and repeats the request with the answers (protocol.md section 4.3), so fronts never see the
 difference.
 
-No I/O here; links send what these give.
+No I/O here but the pause before some rounds; links send what these give.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Final
 
-from gateway.errors import ServerProtocolError
-from gateway.exchange import INTERNAL, Ask, Call, Client, Exchange, Reply
+import trio
+
+from gateway.errors import GatewayError, ServerProtocolError
+from gateway.exchange import INTERNAL, Ask, Call, Client, Exchange, Interim, Reply
 from gateway.protocol import headers, translate
 from gateway.protocol.eras import (
     CLIENT_CAPABILITIES,
@@ -30,6 +33,7 @@ from gateway.protocol.eras import (
 from gateway.protocol.message import (
     RESULT,
     Message,
+    build_notification,
     build_request,
     build_result,
     decode_reply,
@@ -37,6 +41,7 @@ from gateway.protocol.message import (
     dumps,
     quote,
 )
+from gateway.upstream.pending import Pending
 
 __all__ = [
     "ACKNOWLEDGED",
@@ -49,6 +54,8 @@ __all__ = [
     "legacy_params",
     "listen_params",
     "modern_params",
+    "pass_progress",
+    "promised",
     "untagged",
 ]
 
@@ -91,9 +98,14 @@ def context_meta(client: Client, info: Mapping[str, Any]) -> str:
     return context
 
 
-def modern_params(exchange: Exchange, id: int, info: Mapping[str, Any]) -> str:
-    """The params of a request to a modern server as JSON text; ``id`` is also the progress token."""
+def modern_params(exchange: Exchange, id: int, info: Mapping[str, Any], more: Mapping[str, str] | None = None) -> str:
+    """The params of a request to a modern server as JSON text; ``id`` is also the progress token.
+
+    ``more`` has members (name -> JSON text) that this request of the exchange's gets besides its own ``changes``.
+    """
     message, client, changes = exchange.message, exchange.client, exchange.changes
+    if more:
+        changes = {**(changes or {}), **more}
     params = message.params
     meta = message.meta
     if type(params) is dict and "task" in params:
@@ -125,9 +137,11 @@ def _kept(meta: Mapping[str, Any], id: int) -> dict[str, Any]:
     return kept
 
 
-def legacy_params(exchange: Exchange, id: int) -> str:
-    """The params of a request to a legacy server as JSON text; ``id`` is also the progress token."""
+def legacy_params(exchange: Exchange, id: int, more: Mapping[str, str] | None = None) -> str:
+    """The params of a request to a legacy server as JSON text; ``id`` and ``more`` are as in ``modern_params``."""
     message, changes = exchange.message, exchange.changes
+    if more:
+        changes = {**(changes or {}), **more}
     params = message.params
     if type(params) is not dict:
         return message.params_text(changes)
@@ -191,6 +205,12 @@ def listen_params(capabilities: Mapping[str, Any], uris: Iterable[str], info: Ma
     return f'{{"notifications":{dumps(wanted)},"_meta":{{{context_meta(INTERNAL, info)}}}}}'
 
 
+def promised(filter: object) -> frozenset[str]:
+    """The resources whose updates a server has acknowledged."""
+    found = filter.get("resourceSubscriptions") if type(filter) is dict else None
+    return frozenset(uri for uri in found if type(uri) is str) if type(found) is list else frozenset()
+
+
 def cleaned_tools(message: Message, *, drop_invalid: bool = False) -> Message:
     """A tools/list result as clients get it.
 
@@ -216,6 +236,16 @@ def cleaned_tools(message: Message, *, drop_invalid: bool = False) -> Message:
                 tool = headers.strip(tool)
         kept.append(tool)
     return decode_reply(build_result(message.id_text, dumps({**message.result, "tools": kept})))
+
+
+def pass_progress(call: Call, message: Message) -> None:
+    """Progress of a call's server, under the token that its client has given; nothing where it has given none."""
+    client = call.exchange.client
+    token = call.exchange.message.meta.get("progressToken")
+    if token is not None:
+        message = translate.progress_for(message, client.version)
+        text = message.params_text({"progressToken": dumps(token)})
+        call.deliver(Interim(build_notification(message.method, text)))
 
 
 def untagged(message: Message) -> Message:
@@ -256,6 +286,14 @@ class Rounds:
         self._answers: dict[str, str] = {}
         self.progress: float = float("-inf")
 
+    @classmethod
+    def of(cls, call: Call, again: Callable[[Call, dict[str, str]], None]) -> Rounds:
+        """Those of this call, which begin with the first use; ``again`` is ``retry`` for any call."""
+        if call.rounds is None:
+            call.rounds = cls(call, partial(again, call))
+        rounds: Rounds = call.rounds
+        return rounds
+
     def risen(self, progress: object) -> bool:
         """Whether this progress may be shown: each round counts anew, a client must only see it rise."""
         if type(progress) not in (int, float):
@@ -265,6 +303,25 @@ class Rounds:
             return False
         self.progress = value
         return True
+
+    def another(self, message: Message, pending: Pending, nursery: trio.Nursery) -> None:
+        """An ``input_required`` result, to a call that is among those in flight under the id of its next request.
+
+        It stays there till then, or ends with an error when the server does not keep to the rules.
+        """
+        try:
+            pause = self.take(message)
+        except GatewayError as error:
+            pending.drop(self._call)
+            self._call.fail(error)
+            return
+        if pause is not None:
+            nursery.start_soon(self._go_after, pause)
+
+    async def _go_after(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+        if not self._call.done:
+            self.go()
 
     def take(self, message: Message) -> float | None:
         """An ``input_required`` result: put its questions to the client.

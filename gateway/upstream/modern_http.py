@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from json import loads
 from math import inf
 from typing import Any, Final
@@ -80,6 +79,7 @@ from gateway.upstream.modern import (
     is_input_required,
     listen_params,
     modern_params,
+    promised,
     untagged,
 )
 
@@ -126,8 +126,7 @@ class Listener:
 
     def acknowledge(self, filter: object) -> None:
         """The server has said what it will send."""
-        found = filter.get("resourceSubscriptions") if type(filter) is dict else None
-        self.honoured = frozenset(uri for uri in found if type(uri) is str) if type(found) is list else frozenset()
+        self.honoured = promised(filter)
         self.settled.set()
 
     def end(self) -> None:
@@ -349,43 +348,21 @@ class ModernHttpLink(HttpLink):
         exchange = call.exchange
         # It may take several rounds, each of which counts anew.
         rounds = exchange.client.era is Era.LEGACY and exchange.message.method in INPUT_METHODS
-        if not rounds or self._rounds_of(call).risen(message.param("progress")):
+        if not rounds or Rounds.of(call, self._again).risen(message.param("progress")):
             super()._progressed(call, message)
 
     # ---------------------------------------------------------------------------------------------------------- rounds
     def _another_round(self, call: Call, message: Message) -> None:
         """The server wants input from a legacy client (protocol.md section 4.3)."""
         self._keep(call)
-        try:
-            pause = self._rounds_of(call).take(message)
-        except GatewayError as error:
-            self.pending.drop(call)
-            call.fail(error)
-            return
-        if pause is not None:
-            self._nursery.start_soon(self._go_after, call, pause)
-
-    def _rounds_of(self, call: Call) -> Rounds:
-        if call.rounds is None:
-            call.rounds = Rounds(call, partial(self._again, call))
-        rounds: Rounds = call.rounds
-        return rounds
+        Rounds.of(call, self._again).another(message, self.pending, self._nursery)
 
     def _again(self, call: Call, changes: dict[str, str]) -> None:
         """Send a call's next round."""
         if call.done:
             return
-        exchange = call.exchange
-        own = exchange.changes
-        exchange.changes = {**own, **changes} if own else changes
-        params = modern_params(exchange, call.id, self._terms.info)
-        exchange.changes = own
-        self._go(call, exchange.message.method, params)
-
-    async def _go_after(self, call: Call, seconds: float) -> None:
-        await trio.sleep(seconds)
-        if not call.done:
-            call.rounds.go()
+        params = modern_params(call.exchange, call.id, self._terms.info, changes)
+        self._go(call, call.exchange.message.method, params)
 
     # --------------------------------------------------------------------------------------- arguments that are headers
     def _learn(self, message: Message) -> None:

@@ -6,12 +6,15 @@ count from 1 can never cross (protocol.md section 0, rule 5).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from gateway.errors import GatewayError
 from gateway.exchange import SLOW_AFTER, Call
 
 __all__ = ["Pending"]
+
+_any_id = re.compile(rb'"id" ?: ?([0-9]{1,18})')
 
 
 class Pending:
@@ -81,6 +84,16 @@ class Pending:
             elif call.started + SLOW_AFTER <= now:
                 call.tell_slow()
         return iter(late)
+
+    def fail_answered(self, parts: Iterable[bytes], error: GatewayError) -> None:
+        """End the call that a message with these parts answers, or every call if that can't be told (RB09)."""
+        for part in parts:
+            for found in _any_id.finditer(part):
+                call = self.calls.pop(int(found[1]), None)
+                if call is not None:
+                    call.fail(error)
+                    return
+        self.fail_all(error)
 
     def fail_all(self, error: GatewayError) -> None:
         """End every call with this error; nothing is in flight afterwards."""

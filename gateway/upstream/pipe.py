@@ -9,20 +9,18 @@ only. Everything the server writes is hostile until decoded: see ``_line`` and `
 from __future__ import annotations
 
 import logging
-import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from math import inf
 from typing import Any, Final
 
 import trio
 
 from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed
-from gateway.exchange import Ask, Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
+from gateway.exchange import Call, Exchange, Interim, Reply, decline, internal_exchange, own_request
 from gateway.protocol import handshake
-from gateway.protocol.eras import INPUT_METHODS, LEGACY_VERSIONS, SUBSCRIPTION_ID, Era, level_at_least
+from gateway.protocol.eras import INPUT_METHODS, SUBSCRIPTION_ID, Era, level_at_least
 from gateway.protocol.framing import LineDecoder, Oversize
 from gateway.protocol.message import (
     ERROR,
@@ -38,9 +36,10 @@ from gateway.protocol.message import (
     decode_reply,
     dumps,
 )
-from gateway.protocol.translate import progress_for, to_legacy
+from gateway.protocol.translate import to_legacy
 from gateway.runtimes.base import Pipe
 from gateway.telemetry.logs import TRACE, Throttle
+from gateway.upstream.asks import Asks
 from gateway.upstream.modern import (
     ACKNOWLEDGED,
     LISTEN,
@@ -50,6 +49,8 @@ from gateway.upstream.modern import (
     legacy_params,
     listen_params,
     modern_params,
+    pass_progress,
+    promised,
     untagged,
 )
 from gateway.upstream.pending import Pending
@@ -74,12 +75,8 @@ LATE: Final = 120.0
 """Seconds for which a late answer to the probe is of interest."""
 POST_LIMIT: Final = 30.0
 """Seconds a request of the gateway's own may take that nobody waits for."""
-OLDEST: Final = LEGACY_VERSIONS[0]
-"""Its progress has no message."""
 EXIT_WAIT: Final = 0.05
 """Seconds to wait for the exit code after the end of the output, so that callers are told why (P4: 100 ms)."""
-
-_any_id = re.compile(rb'"id" ?: ?([0-9]{1,18})')
 
 
 class PipeLink:
@@ -113,9 +110,9 @@ class PipeLink:
         self._queued = 0
         self._wake_writer = trio.Event()
         self._wake_sweeper = trio.Event()
-        self._asks: dict[str, Ask] = {}
         self._closed = trio.Event()
         self._noise = Throttle(log)
+        self._asks = Asks(terms.server_id, self._post, self._noise)
 
     def __repr__(self) -> str:
         return f"<PipeLink {self.server_id} in_flight={len(self.pending)}{' lost' if self.lost else ''}>"
@@ -198,9 +195,7 @@ class PipeLink:
         if self.lost is None:
             self.lost = error
         self.pending.fail_all(self.lost)
-        for ask in list(self._asks.values()):
-            ask.withdraw("the server has ended")
-        self._asks.clear()
+        self._asks.withdraw("the server has ended")
         if self._listener is not None:
             self._listener.end()
         self._closed.set()
@@ -268,14 +263,10 @@ class PipeLink:
         """Send a call's next round, under an id of its own."""
         if call.done:
             return
-        exchange = call.exchange
-        own = exchange.changes
-        exchange.changes = {**own, **changes} if own else changes
         self.pending.drop(call)
         id = self.pending.new_id()
-        params = modern_params(exchange, id, self._terms.info)
-        exchange.changes = own
-        self._go_on(call, id, exchange.message.method, params)
+        params = modern_params(call.exchange, id, self._terms.info, changes)
+        self._go_on(call, id, call.exchange.message.method, params)
 
     async def request(self, method: str, params_text: str = "", *, timeout: float) -> Message:
         """A request of the gateway's own: the reply, which may be an error. Raises what ``Call.next`` raises.
@@ -475,14 +466,7 @@ class PipeLink:
         if is_input_required(message) and exchange.message.method in INPUT_METHODS:
             call.id = self.pending.new_id()
             self.pending.add(call)
-            try:
-                pause = self._rounds_of(call).take(message)
-            except GatewayError as error:
-                self.pending.drop(call)
-                call.fail(error)
-                return
-            if pause is not None:
-                self._nursery.start_soon(self._go_after, call, pause)
+            Rounds.of(call, self._again).another(message, self.pending, self._nursery)
             return
         method = exchange.message.method
         call.finish(Reply(to_legacy(method, message, exchange.client.version, uri=str(exchange.message.param("uri")))))
@@ -492,10 +476,7 @@ class PipeLink:
         exchange, run = call.exchange, call.rounds
         if run is None and needs_task(self.facts.get("capabilities", {}), exchange.message.method, message):
             call.rounds = run = TaskRun(self.pending.new_id())
-            own = exchange.changes
-            exchange.changes = {**(own or {}), **run.changes}
-            params = legacy_params(exchange, run.token)
-            exchange.changes = own
+            params = legacy_params(exchange, run.token, run.changes)
             self._go_on(call, run.token, exchange.message.method, params)
             return
         after = run.take(message) if run is not None else None
@@ -516,17 +497,6 @@ class PipeLink:
         self.pending.add(call)
         self._wake_sweeper.set()
 
-    def _rounds_of(self, call: Call) -> Rounds:
-        if call.rounds is None:
-            call.rounds = Rounds(call, partial(self._again, call))
-        rounds: Rounds = call.rounds
-        return rounds
-
-    async def _go_after(self, call: Call, seconds: float) -> None:
-        await trio.sleep(seconds)
-        if not call.done:
-            call.rounds.go()
-
     def _listen_ended(self, message: Message) -> None:
         listener = self._listener
         if listener is not None and message.id == listener.id:
@@ -535,24 +505,10 @@ class PipeLink:
             listener.end()
 
     def _asked(self, message: Message) -> None:
-        if message.method == "ping":
-            self._post(build_result(message.id_text, "{}"))
-            return
-        key = message.id_text
-        if key in self._asks:
-            self._noise.warning("ask-id", "server %s reused the id %s of an open request", self.server_id, key)
-            return
-
-        def answer(text: str) -> None:
-            self._asks.pop(key, None)
-            self._post(text)
-
-        ask = Ask(message, answer)
-        if not self._isolated or self.era is Era.MODERN or len(self._asks) >= 64:
-            decline(ask)
+        ask = self._asks.take(message, allowed=self._isolated and self.era is not Era.MODERN)
+        if ask is None:
             return
         call = self.pending.sole_client_call()
-        self._asks[key] = ask
         if call is not None:
             call.deliver(ask)
         elif not self._terms.on_ask(ask):
@@ -565,9 +521,7 @@ class PipeLink:
             if call is not None:
                 self._progressed(call, message)
         elif method == "notifications/cancelled":
-            ask = self._asks.pop(dumps(message.param("requestId")), None)
-            if ask is not None:
-                ask.withdraw(str(message.param("reason") or "")[:200])
+            self._asks.cancelled(message)
         elif method == ACKNOWLEDGED:
             listener = self._listener
             if listener is not None and message.meta.get(SUBSCRIPTION_ID) == listener.id:
@@ -582,18 +536,11 @@ class PipeLink:
 
     def _progressed(self, call: Call, message: Message) -> None:
         exchange = call.exchange
-        token = exchange.message.meta.get("progressToken")
-        if token is None:
-            return
         bridged = self.era is Era.MODERN and exchange.client.era is Era.LEGACY
         # It may take several rounds, each of which counts anew.
         in_rounds = bridged and exchange.message.method in INPUT_METHODS
-        if in_rounds and not self._rounds_of(call).risen(message.param("progress")):
-            return
-        if exchange.client.version == OLDEST and "message" in message.params:
-            message = progress_for(message, OLDEST)
-        text = message.params_text({"progressToken": dumps(token)})
-        call.deliver(Interim(build_notification(message.method, text)))
+        if not in_rounds or Rounds.of(call, self._again).risen(message.param("progress")):
+            pass_progress(call, message)
 
     def _oversize(self, item: Oversize) -> None:
         """A line over the limit: end the call it answers, or every call if that can't be told (RB09)."""
@@ -601,13 +548,7 @@ class PipeLink:
             f"Server '{self.server_id}' sent a message of over {self._max_message_bytes} bytes (max_message_bytes)"
         )
         self._noise.warning("oversize", "%s", error.message)
-        for part in (item.head, item.tail):
-            for found in _any_id.finditer(part):
-                call = self.pending.calls.pop(int(found[1]), None)
-                if call is not None:
-                    call.fail(error)
-                    return
-        self.pending.fail_all(error)
+        self.pending.fail_answered((item.head, item.tail), error)
 
 
 class Listener:
@@ -622,10 +563,9 @@ class Listener:
         self.acknowledged = trio.Event()
         self.error: str | None = None
 
-    def acknowledge(self, honoured: object) -> None:
+    def acknowledge(self, filter: object) -> None:
         """The server has said what it will send."""
-        found = honoured.get("resourceSubscriptions") if type(honoured) is dict else None
-        self.honoured = frozenset(uri for uri in found if type(uri) is str) if type(found) is list else frozenset()
+        self.honoured = promised(filter)
         self.acknowledged.set()
 
     def end(self) -> None:

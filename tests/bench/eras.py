@@ -31,21 +31,21 @@ def cpu(pid: int) -> float:
     return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
-def request(gateway: RunningGateway, client: str, server: str) -> bytes:
-    """One tools/call as bytes."""
-    path = f"/servers/{server}/mcp"
-    params: dict[str, object] = {"name": "echo", "arguments": {"text": "hello"}}
+def request(gateway: RunningGateway, client: str, path: str, method: str, params: dict[str, object]) -> bytes:
+    """One request as bytes."""
     if client == "legacy":
-        head = HttpClient(gateway, path).session
+        head = dict(HttpClient(gateway, path).session)
     else:
         context = {
             "protocolVersion": "2026-07-28",
             "clientInfo": {"name": "bench", "version": "1"},
             "clientCapabilities": {},
         }
-        params["_meta"] = {META + name: value for name, value in context.items()}
-        head = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": "echo"}
-    body = json.dumps({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": params}).encode()
+        params = {**params, "_meta": {META + name: value for name, value in context.items()}}
+        head = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": method}
+        if "name" in params:
+            head["Mcp-Name"] = str(params["name"])
+    body = json.dumps({"jsonrpc": "2.0", "id": 7, "method": method, "params": params}).encode()
     head |= {
         "Host": "localhost",
         "Content-Type": "application/json",
@@ -54,6 +54,11 @@ def request(gateway: RunningGateway, client: str, server: str) -> bytes:
     }
     lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
     return f"POST {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
+
+
+def call(gateway: RunningGateway, client: str, path: str, name: str) -> bytes:
+    """One tools/call of an echo as bytes."""
+    return request(gateway, client, path, "tools/call", {"name": name, "arguments": {"text": "hello"}})
 
 
 def load(port: int, each: list[bytes], calls: int) -> None:
@@ -87,7 +92,10 @@ def main() -> None:
     servers = [echo_entry(era, era=era, max_connections_per_server=256) for era in ("legacy", "modern")]
     with tempfile.TemporaryDirectory() as folder, RunningGateway(Path(folder), servers, pyz=pyz) as gateway:
         for connections in (64, 1):
-            requests = {pair: [request(gateway, *pair) for _ in range(connections)] for pair in PAIRS}
+            requests = {
+                (client, server): [call(gateway, client, f"/servers/{server}/mcp", "echo") for _ in range(connections)]
+                for client, server in PAIRS
+            }
             ratios: dict[tuple[str, str], list[float]] = {pair: [] for pair in PAIRS}
             base = []
             for data in requests.values():

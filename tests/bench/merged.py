@@ -10,7 +10,6 @@ to the second. Rounds alternate; the figures are medians of the rounds' ratios.
 
 from __future__ import annotations
 
-import json
 import socket
 import statistics
 import subprocess
@@ -49,31 +48,6 @@ for line in sys.stdin:
 """
 
 
-def request(gateway: RunningGateway, client: str, path: str, method: str, params: dict[str, object]) -> bytes:
-    """One request as bytes."""
-    if client == "legacy":
-        head = dict(HttpClient(gateway, path).session)
-    else:
-        context = {
-            "protocolVersion": "2026-07-28",
-            "clientInfo": {"name": "bench", "version": "1"},
-            "clientCapabilities": {},
-        }
-        params = {**params, "_meta": {eras.META + name: value for name, value in context.items()}}
-        head = {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": method}
-        if "name" in params:
-            head["Mcp-Name"] = str(params["name"])
-    body = json.dumps({"jsonrpc": "2.0", "id": 7, "method": method, "params": params}).encode()
-    head |= {
-        "Host": "localhost",
-        "Content-Type": "application/json",
-        "Accept": "application/json, text/event-stream",
-        "Content-Length": str(len(body)),
-    }
-    lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
-    return f"POST {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
-
-
 def answers(port: int, data: bytes, count: int) -> bytes:
     """So many requests on one connection, one after the other: the last one's body."""
     body = b""
@@ -101,10 +75,7 @@ def calls(folder: Path, pyz: Path | None) -> None:
         for connections in (64, 1):
             for client in ("legacy", "modern"):
                 load = {
-                    path: [
-                        request(gateway, client, path, "tools/call", {"name": name, "arguments": {"text": "hello"}})
-                        for _ in range(connections)
-                    ]
+                    path: [eras.call(gateway, client, path, name) for _ in range(connections)]
                     for path, name in (("/servers/echo0/mcp", "echo"), ("/mcp", "echo0__echo"))
                 }
                 ratios = []
@@ -158,7 +129,7 @@ def lists(folder: Path, pyz: Path | None) -> None:
         client = HttpClient(gateway, "/mcp")
         assert len(client.request("tools/list")["result"]["tools"]) == 1000
         for kind in ("legacy", "modern"):
-            data = request(gateway, kind, "/mcp", "tools/list", {})
+            data = eras.request(gateway, kind, "/mcp", "tools/list", {})
             body = folder / "body"
             body.write_bytes(answers(gateway.port, data, 1))
             command = [sys.executable, __file__, "--static", str(body)]
@@ -180,7 +151,7 @@ def lists(folder: Path, pyz: Path | None) -> None:
     first = []
     for _ in range(RESTARTS):
         with RunningGateway(folder, entries, pyz=pyz) as gateway:
-            data = request(gateway, "legacy", "/mcp", "tools/list", {})
+            data = eras.request(gateway, "legacy", "/mcp", "tools/list", {})
             spent = [eras.cpu(gateway.process.pid)]
             for _ in range(2):
                 answers(gateway.port, data, 1)

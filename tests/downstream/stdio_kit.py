@@ -151,6 +151,15 @@ def answering(act: Callable[[MemoryPipe, dict[str, Any]], None]) -> Script:
     return Script(answer)
 
 
+def progress_and_reply(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+    """Both in one breath, for ``answering``."""
+    params = {"progressToken": message["params"]["_meta"]["progressToken"], "progress": 1}
+    pipe.say(
+        {"jsonrpc": "2.0", "method": "notifications/progress", "params": params},
+        {"jsonrpc": "2.0", "id": message["id"], "result": {}},
+    )
+
+
 @asynccontextmanager
 async def through(url: str, server_id: str | None = "a") -> AsyncIterator[Client]:
     """``gateway-stdio --gateway URL --server ID`` but for its process."""

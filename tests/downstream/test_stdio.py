@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 import trio
 from running import RunningGateway, StdioClient, command, echo_entry
-from scripted import FACTS, MemoryPipe, Script
+from scripted import FACTS, Script
 from trio.testing import MockClock
 
 from gateway import app
 from gateway.config.model import Settings
-from tests.downstream.stdio_kit import answering, hello, opened, request, through
+from tests.downstream.stdio_kit import answering, hello, opened, progress_and_reply, request, through
 from tests.fixtures import http_scripted
 from tests.fixtures.http_scripted import McpScript, serve
 
@@ -64,16 +64,7 @@ async def test_S7_a_cancellation_right_behind_its_request_finds_it() -> None:
 
 async def test_A5_progress_and_the_reply_are_two_reads() -> None:
     """protocol.md 4.1: TypeScript clients drop progress that they read together with the reply."""
-
-    def act(pipe: MemoryPipe, message: dict[str, Any]) -> None:
-        token = message["params"]["_meta"]["progressToken"]
-        params = {"progressToken": token, "progress": 1}
-        pipe.say(
-            {"jsonrpc": "2.0", "method": "notifications/progress", "params": params},
-            {"jsonrpc": "2.0", "id": message["id"], "result": {}},
-        )
-
-    async with opened(answering(act)) as client:
+    async with opened(answering(progress_and_reply)) as client:
         await client.hello()
         await client.ask("ping")
         for id in range(5):

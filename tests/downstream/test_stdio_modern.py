@@ -19,7 +19,7 @@ from gateway.downstream import stdio
 from gateway.exchange import Exchange
 from gateway.protocol.session import VENDOR_DATA
 from gateway.router import Router
-from tests.downstream.stdio_kit import LIMIT, Client, answering, hello, opened, request, through
+from tests.downstream.stdio_kit import LIMIT, Client, answering, hello, opened, progress_and_reply, request, through
 
 KEY = "io.modelcontextprotocol/"
 VERSION, CAPABILITIES, SUBSCRIPTION = KEY + "protocolVersion", KEY + "clientCapabilities", KEY + "subscriptionId"
@@ -215,15 +215,7 @@ async def test_A5_a_request_is_taken_back_while_its_server_starts(autojump_clock
 
 
 async def test_A5_a_request_is_taken_back_while_its_reply_waits(mock_clock: MockClock) -> None:
-    def act(pipe: MemoryPipe, message: dict[str, Any]) -> None:
-        token = message["params"]["_meta"]["progressToken"]
-        params = {"progressToken": token, "progress": 1}
-        pipe.say(
-            {"jsonrpc": "2.0", "method": "notifications/progress", "params": params},
-            {"jsonrpc": "2.0", "id": message["id"], "result": {}},
-        )
-
-    async with opened(answering(act)) as client:
+    async with opened(answering(progress_and_reply)) as client:
         await client.send(modern("tools/call", {"name": "t"}, 1, progressToken="mine"))
         assert (await client.read())["method"] == "notifications/progress"
         await client.silent()  # the reply stands apart from it, and the clock stands still

@@ -415,6 +415,7 @@ class Raw:
     ) -> None:
         self.gateway = gateway
         self.path = f"/servers/{server}/mcp" if server else "/mcp"
+        self.modern = server.startswith("modern")
         self.key = {"Authorization": f"Bearer {KEYS[tenant]}"} if tenant else {}
         self.capabilities = ALL if capabilities is None else capabilities
         self.events: list[Seen] = []
@@ -465,6 +466,15 @@ class Raw:
         assert result["resultType"] == "input_required", result
         assert result["_meta"][f"{META}serverInfo"]["name"] == "open-mcp-gateway", result
         return dict(result["inputRequests"]), str(result.get("requestState", ""))
+
+    def in_rounds(self, tag: str, count: Seen) -> tuple[Seen, str]:
+        """Answers and state for the next request of a call of the tool "rounds" that waits for it."""
+        questions, state = self.park("rounds", tag, count)
+        if self.modern:  # its first question has no state
+            assert not state
+            answers = {key: answer_to(question) for key, question in questions.items()}
+            questions, state = self.park("rounds", tag, count, inputResponses=answers)
+        return {key: answer_to(question) for key, question in questions.items()}, state
 
 
 def answer_to(question: Seen, name: str = "Ann") -> Seen:
@@ -560,11 +570,7 @@ def test_B2_tampered_state_is_refused_and_the_genuine_one_still_works(
 ) -> None:
     raw = Raw(guarded, server, tenant="a")
     count = {"count": 2}
-    questions, state = raw.park("rounds", tag, count)
-    answers = {key: answer_to(question) for key, question in questions.items()}
-    if server.startswith("modern"):  # its first question has no state
-        questions, state = raw.park("rounds", tag, count, inputResponses=answers)
-        answers = {key: answer_to(question) for key, question in questions.items()}
+    answers, state = raw.in_rounds(tag, count)
     before = parts.events_of(tag)
     for other in spoilt(state):
         raw.refused("rounds", tag, count, inputResponses=answers, requestState=other)
@@ -594,11 +600,7 @@ def test_B2_replayed_state_is_refused_and_runs_nothing(
 def test_B2_foreign_state_is_refused(server: str, guarded: RunningGateway, parts: Parts, tag: str) -> None:
     mine, other = Raw(guarded, server, tenant="a"), Raw(guarded, server, tenant="b")
     count = {"count": 2}
-    questions, state = mine.park("rounds", tag, count)
-    answers = {key: answer_to(question) for key, question in questions.items()}
-    if server.startswith("modern"):
-        questions, state = mine.park("rounds", tag, count, inputResponses=answers)
-        answers = {key: answer_to(question) for key, question in questions.items()}
+    answers, state = mine.in_rounds(tag, count)
     before = parts.events_of(tag)
     more = {"inputResponses": answers, "requestState": state}
     other.refused("rounds", tag, count, **more)
@@ -613,11 +615,7 @@ def test_B2_a_state_is_of_no_use_for_any_other_call(
 ) -> None:
     raw = Raw(guarded, server, tenant="a")
     count = {"count": 2}
-    questions, state = raw.park("rounds", tag, count)
-    answers = {key: answer_to(question) for key, question in questions.items()}
-    if server.startswith("modern"):
-        questions, state = raw.park("rounds", tag, count, inputResponses=answers)
-        answers = {key: answer_to(question) for key, question in questions.items()}
+    answers, state = raw.in_rounds(tag, count)
     before = parts.events_of(tag)
     more = {"inputResponses": answers, "requestState": state}
     raw.refused("rounds", tag, {"count": 3}, **more)

@@ -20,6 +20,7 @@ from gateway.runtimes.base import Pipe, Surroundings
 from gateway.runtimes.containers import life
 from gateway.runtimes.containers.engine import EngineGone, find_engine
 from gateway.runtimes.docker import PODMAN, RUNTIME, DockerSpec
+from tests.kit import Instance
 
 VERSION = {"ApiVersion": "1.45", "MinAPIVersion": "1.24", "Components": [{"Name": "Engine"}]}
 INSPECTED = {"State": {"Status": "running", "Running": True}, "Config": {"StopSignal": "SIGTERM"}, "Image": "sha256:i"}
@@ -160,23 +161,6 @@ async def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
         await nursery.start(engine.serve)
         yield engine
         nursery.cancel_scope.cancel()
-
-
-class Instance:
-    id = "ab" * 16
-
-    def __init__(self) -> None:
-        self.used: list[tuple[str, str]] = []
-        self.left = 0
-
-    def uses(self, type: str, where: str) -> None:
-        self.used.append((type, where))
-
-    def leaves(self) -> None:
-        self.left += 1
-
-    def dead(self, id: str) -> bool:
-        return id == "de" * 16
 
 
 def around(fake: FakeEngine, **more: Any) -> Surroundings:

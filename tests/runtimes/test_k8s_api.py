@@ -18,6 +18,7 @@ import trio
 from gateway.errors import StartFailed
 from gateway.runtimes.kubernetes.access import Access
 from gateway.runtimes.kubernetes.api import Cluster, Refused, Unreachable, on_cluster, path_of
+from tests.fixtures.fake_kube import hang_up, status
 from tests.fixtures.http_scripted import Answer, Hangup, Request, Server, serve
 
 TLS = Path(__file__).parents[1] / "fixtures" / "tls"
@@ -42,18 +43,6 @@ class Api:
             await given(request, answer)
         else:
             await answer.json(given)
-
-
-def status(code: int, reason: str = "", message: str = "no", headers: dict[str, str] | None = None) -> Any:
-    async def give(request: Request, answer: Answer) -> None:
-        body = {"kind": "Status", "status": "Failure", "message": message, "reason": reason, "code": code}
-        await answer.json(body, code, headers)
-
-    return give
-
-
-async def hang_up(request: Request, answer: Answer) -> None:
-    raise Hangup
 
 
 def events(*lines: Any, cut: bool = False) -> Any:

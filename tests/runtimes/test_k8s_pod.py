@@ -187,26 +187,12 @@ def test_RB61_what_a_pod_waits_for_and_what_will_never_be(found: dict[str, Any],
 
 
 # -------------------------------------------------------------------------------------------------------------- running
-class Instance:
-    id = "a" * 32
-
-    def __init__(self) -> None:
-        self.used: list[tuple[str, str]] = []
-        self.left = 0
-
-    def uses(self, type: str, where: str) -> None:
-        self.used.append((type, where))
-
-    def leaves(self) -> None:
-        self.left += 1
-
-
 class Around:
     """A fake cluster, and surroundings that use it."""
 
     def __init__(self, kube: FakeKube, folder: Path) -> None:
         self.kube = kube
-        self.instance = Instance()
+        self.instance = kit.Instance()
         self.stderr: list[str] = []
         self.progress: list[str] = []
         self.extended: list[str] = []
@@ -319,7 +305,7 @@ async def test_K24_the_job_is_written_down_before_it_is_made_and_its_secret_is_o
     kube = around.kube
     async with around.open() as pipe:
         (name, job), *_ = kube.jobs.items()
-        assert name.startswith("mcp-box-") and job["metadata"]["labels"]["open-mcp-gateway/instance"] == "a" * 32
+        assert name.startswith("mcp-box-") and job["metadata"]["labels"]["open-mcp-gateway/instance"] == kit.Instance.id
         assert "s3cret" not in json.dumps(job)
         secret = kube.secrets[name]
         assert list(secret["data"]) == ["TOKEN"]
@@ -714,15 +700,15 @@ async def test_RB62_a_sweep_that_can_not_be_sure_says_so(around: Around, monkeyp
     kube = around.kube
     monkeypatch.setattr(job_pod, "SWEEP_LIMIT", 0.5)
     with pytest.raises(StartFailed, match="is no place to look at"):
-        await sweep("nonsense", "a" * 32, around.environ)
+        await sweep("nonsense", kit.Instance.id, around.environ)
     async with around.open():
         ((_, where),) = around.instance.used
         kube.faults["GET jobs"] = [status(403, "Forbidden", "may not list jobs")]
         with pytest.raises(StartFailed, match="may not list jobs"):
-            await sweep(where, "a" * 32, around.environ)
+            await sweep(where, kit.Instance.id, around.environ)
         kube.obedient = False
         with pytest.raises(StartFailed, match="pods of a killed gateway in mcp still run"):
-            await sweep(where, "a" * 32, around.environ)
+            await sweep(where, kit.Instance.id, around.environ)
         kube.obedient = True
         await kube.remove(kube.pod)
 

@@ -15,7 +15,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from math import inf
 from typing import Any, Final
 from urllib.parse import quote, urlencode, urlsplit
@@ -24,6 +24,7 @@ import attrs
 import httpcore
 import trio
 
+from gateway.bodies import Body, unwound
 from gateway.errors import StartFailed
 
 __all__ = ["Address", "Engine", "EngineGone", "EngineRefused", "Hijacked", "find_engine", "parse_address", "sockets_of"]
@@ -325,7 +326,7 @@ class Engine:
             port=address.port or None,
             target=target.encode(),
         )
-        request = httpcore.Request(method, url, headers=sent, content=_Body(content or b""))
+        request = httpcore.Request(method, url, headers=sent, content=Body(content or b""))
         response = await self._pool.handle_async_request(request)
         try:
             yield response
@@ -362,22 +363,6 @@ class Engine:
             raise EngineGone(f"{self.name} {_reason(error)}") from error
 
 
-class _Body:
-    """A request's body. httpcore's own is an async generator, which a cancelled send leaves to the collector."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data: bytes | None = data
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        data, self._data = self._data, None
-        if data is None:
-            raise StopAsyncIteration
-        return data
-
-
 class _Values:
     """The JSON values of an answer that comes line by line."""
 
@@ -412,18 +397,10 @@ class _Values:
                     raise EngineGone(f"{self._name} answers what is no JSON: {line[:60]!r}") from error
 
 
-@asynccontextmanager
-async def _chunks(response: httpcore.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The body as it comes. Left early, the generators underneath are unwound at once instead of by the collector."""
+def _chunks(response: httpcore.Response) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+    """The body as it comes."""
     chunks: AsyncIterator[bytes] = aiter(response.stream)  # type: ignore[arg-type]
-    try:
-        yield chunks
-    finally:
-        # Closing the outermost would leave those inside it suspended; a cancellation at their next read ends them all.
-        with trio.CancelScope() as scope, suppress(httpcore.NetworkError, httpcore.ProtocolError):
-            scope.cancel()
-            async for _ in chunks:
-                pass
+    return unwound(chunks, httpcore.NetworkError, httpcore.ProtocolError)
 
 
 async def _read(response: httpcore.Response) -> bytes:

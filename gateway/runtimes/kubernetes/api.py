@@ -28,7 +28,7 @@ import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, Final, Literal
 from urllib.parse import quote, urlencode
 
@@ -37,6 +37,7 @@ import httpx
 import trio
 from httpcore._backends.trio import TrioBackend, TrioStream
 
+from gateway.bodies import unwound
 from gateway.errors import StartFailed
 from gateway.runtimes.kubernetes.access import Access, Credentials, find_access, tls_context
 from gateway.runtimes.kubernetes.websocket import Broken, Socket, dial, keepalive, message_of
@@ -332,16 +333,10 @@ class Cluster:
         url = self._url(path, params)
         request = self._client.build_request(method, url, headers=headers, content=content, extensions=extensions)
         response = await self._client.send(request, stream=True)
-        pieces = aiter(response.stream)  # type: ignore[arg-type]
         try:
-            yield response, pieces
+            async with unwound(aiter(response.stream), httpx.HTTPError) as pieces:  # type: ignore[arg-type]
+                yield response, pieces
         finally:
-            # Closing the outermost generator would leave those inside it suspended, for the collector to complain of; a
-            # cancellation at their next read ends them all.
-            with trio.CancelScope() as scope, suppress(httpx.HTTPError):
-                scope.cancel()
-                async for _ in pieces:
-                    pass
             with trio.CancelScope(shield=True):
                 await response.aclose()
 
