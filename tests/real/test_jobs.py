@@ -273,7 +273,7 @@ def test_E6_RB61_what_can_not_start_says_why(kube: Kube, namespace: str, env: di
         entry(kube, namespace, "crash", env={"ECHO_EXIT_AT_START": "3"}),
         entry(kube, namespace, "nowhere", runtime={"namespace": "no-such-namespace"}),
         entry(kube, namespace, "huge", runtime={"resources": huge}, start_timeout_seconds=6),
-        entry(kube, namespace, "volume", runtime=absent, start_timeout_seconds=8),
+        entry(kube, namespace, "volume", runtime=absent, start_timeout_seconds=20),
     ]
     for box in boxes:
         box["runtime"] = {name: value for name, value in box["runtime"].items() if value is not None}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
 import ssl
+import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import trio
+import trio.testing
 
 from gateway.errors import StartFailed
 from gateway.runtimes.kubernetes.access import Access
@@ -99,6 +102,21 @@ async def test_K24_objects_are_made_read_changed_and_deleted() -> None:
         "preconditions": {"uid": "u"},
         "gracePeriodSeconds": 3,
     }
+
+
+async def test_a_request_cancelled_while_it_is_sent_leaves_nothing_to_the_collector() -> None:
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    address = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+    body = {"kind": "Secret", "data": {"x": "y" * 30_000_000}}  # more than any socket's buffer holds
+    async with listener, on_cluster(Access(address, "mcp", "a test"), {}) as cluster:
+        with trio.move_on_after(0.3) as scope:
+            await cluster.create(PODS, body)
+        assert scope.cancelled_caught
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gc.collect()
+        await trio.testing.wait_all_tasks_blocked()
+    assert [str(each.message) for each in caught if issubclass(each.category, ResourceWarning)] == []
 
 
 async def test_K24_what_is_gone_or_somebody_elses_is_not_deleted() -> None:

@@ -37,12 +37,12 @@ import httpx
 import trio
 from httpcore._backends.trio import TrioBackend, TrioStream
 
-from gateway.bodies import unwound
+from gateway.bodies import Body, unwound
 from gateway.errors import StartFailed
 from gateway.runtimes.kubernetes.access import Access, Credentials, find_access, tls_context
 from gateway.runtimes.kubernetes.websocket import Broken, Socket, dial, keepalive, message_of
 
-__all__ = ["Cluster", "OnEvent", "Refused", "Unreachable", "on_cluster", "open_cluster", "path_of"]
+__all__ = ["Cluster", "OnEvent", "Refused", "RequestBody", "Unreachable", "on_cluster", "open_cluster", "path_of"]
 
 Object = dict[str, Any]
 Params = Mapping[str, str | int | bool]
@@ -136,6 +136,10 @@ async def on_cluster(access: Access, environ: Mapping[str, str]) -> AsyncIterato
     finally:
         with trio.CancelScope(shield=True):
             await cluster._client.aclose()
+
+
+class RequestBody(Body, httpx.AsyncByteStream):
+    """As httpx insists on it."""
 
 
 class Cluster:
@@ -332,6 +336,8 @@ class Cluster:
             extensions["sni_hostname"] = self.access.server_name
         url = self._url(path, params)
         request = self._client.build_request(method, url, headers=headers, content=content, extensions=extensions)
+        if content is not None:
+            request.stream = RequestBody(content)
         response = await self._client.send(request, stream=True)
         try:
             async with unwound(aiter(response.stream), httpx.HTTPError) as pieces:  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from httpcore._backends.trio import TrioStream  # makes TLS over any of trio's s
 
 from gateway.errors import StartFailed
 from gateway.runtimes.kubernetes.access import Access
-from gateway.runtimes.kubernetes.api import Cluster, path_of
+from gateway.runtimes.kubernetes.api import Cluster, RequestBody, path_of
 from gateway.runtimes.kubernetes.endpoints import Endpoint, Endpoints
 from gateway.runtimes.kubernetes.websocket import (
     BINARY,
@@ -200,7 +200,7 @@ def _unsent(said: str) -> bool:
 
 def _moved(request: httpx.Request, url: httpx.URL, server_name: str) -> httpx.Request:
     """The same request at another URL. Its Host stays what it was: the Service's name, as a server may insist on."""
-    moved = httpx.Request(request.method, url, headers=request.headers, stream=request.stream)
+    moved = httpx.Request(request.method, url, headers=request.headers, stream=RequestBody(request.content))
     moved.extensions = dict(request.extensions)
     if server_name:
         moved.extensions["sni_hostname"] = server_name
