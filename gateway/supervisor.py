@@ -27,7 +27,16 @@ import trio
 from gateway.auth.principal import Principal
 from gateway.config.model import Catalog, ServerSpec, Settings
 from gateway.directory import LISTS, LISTS_OF, Listing, Shelf, topic_of
-from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed, UpstreamTimeout
+from gateway.errors import (
+    REPLACED,
+    GatewayError,
+    LinkLost,
+    Overloaded,
+    ServerProtocolError,
+    StartFailed,
+    UpstreamTimeout,
+    of_archive,
+)
 from gateway.exchange import Ask, Call, Client, Exchange
 from gateway.hub import Audience, Hub
 from gateway.lifecycle import Event, Phase, State, admit, feed
@@ -676,6 +685,8 @@ class Unit:
     def _blame(self, error: BaseException) -> GatewayError:
         if isinstance(error, GatewayError):
             return error
+        if of_archive(error):
+            return StartFailed(REPLACED)
         log.error("unexpected failure while running server %s", self.spec.id, exc_info=error)
         return StartFailed(f"Server '{self.spec.id}' could not be run: internal error ({type(error).__name__})")
 
