@@ -46,6 +46,7 @@ from gateway.runtimes.base import Place, Runtime, Surroundings
 from gateway.telemetry.record import ServerStatus
 from gateway.turns import Queue, Turn
 from gateway.upstream.connect import Terms, UpstreamLink, WrongEra, connect
+from gateway.upstream.modern import lister
 
 __all__ = ["Counters", "Supervisor", "Unit", "UnitKey"]
 
@@ -591,14 +592,16 @@ class Unit:
     def _terms(self) -> Terms:
         client = self.client
         directions = self.supervisor.directions
+        info = directions.info if client is None else client.info or directions.info
         return Terms(
             self.spec.id,
             self._noticed,
             self._asked,
-            directions.info if client is None else client.info or directions.info,
+            info,
             {} if client is None else client.capabilities,
             client.version if client is not None and client.version in LEGACY_VERSIONS else LATEST_LEGACY,
             isolated=client is not None,
+            lister=lister(client, info),
             max_message_bytes=self.max_message_bytes,
             timeout=inf,
             eras=self._eras(),
