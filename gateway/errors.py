@@ -10,11 +10,12 @@ The tree is design.md section 10. Nothing here imports from the rest of the pack
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 
 import attrs
 
 __all__ = [
+    "REPLACED",
     "AuthError",
     "ClientProtocolError",
     "ConfigError",
@@ -32,7 +33,11 @@ __all__ = [
     "UnknownTarget",
     "UpstreamError",
     "UpstreamTimeout",
+    "of_archive",
+    "unexpected",
 ]
+
+REPLACED: Final = "gateway.pyz was replaced; restart the gateway"
 
 
 class GatewayError(Exception):
@@ -198,3 +203,22 @@ class ServerProtocolError(UpstreamError):
     """The server answered something that is no MCP, or more than ``max_message_bytes`` of it."""
 
     label = "server_protocol"
+
+
+def of_archive(error: BaseException) -> bool:
+    """Whether this was raised while something was read from the archive that we run from: another is in its place.
+
+    Python looks for a module where it was when the archive was opened. What is there now can fail to be one in any way
+    (ZipImportError, zlib.error, EOFError, OSError, ...), so it goes by who has raised it.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals.get("__name__") in ("zipimport", "zipfile")
+
+
+def unexpected(error: BaseException) -> str:
+    """What a caller is told of a failure that is no GatewayError."""
+    return REPLACED if of_archive(error) else "Internal error"

@@ -467,18 +467,15 @@ INTERNAL: Final = Client(key="", era=Era.LEGACY, version="")
 """The gateway itself, asking for lists or pinging: the client with the empty key. Nobody can be asked behind it."""
 
 
-def internal_exchange(
-    method: str, params_text: str, deadline: float, on_end: Callable[[Call], None] | None = None
-) -> Exchange:
+def internal_exchange(method: str, params_text: str, deadline: float, client: Client = INTERNAL) -> Exchange:
     """A request of the gateway's own. ``deadline`` is trio time."""
     return Exchange(
         decode_request(build_request("0", method, params_text)),
         GATEWAY,
         _NO_SNAPSHOT,
-        INTERNAL,
+        client,
         None,
         deadline,
-        on_end=on_end,
     )
 
 
@@ -497,12 +494,13 @@ def decline(ask: Ask) -> None:
         ask.refuse(-32601, f"Method not found: {method}")
 
 
-async def own_request(link: Link, method: str, params_text: str, seconds: float) -> Message:
+async def own_request(link: Link, method: str, params_text: str, seconds: float, client: Client) -> Message:
     """A request of the gateway's own over a link: the reply, which may be an error. Raises what ``Call.next`` raises.
 
-    Questions meanwhile are declined. Cancelling it cancels the request at the server.
+    ``client`` is in whose name it is made; it has the empty key, as INTERNAL has. Questions meanwhile are declined.
+    Cancelling it cancels the request at the server.
     """
-    call = link.call(internal_exchange(method, params_text, trio.current_time() + seconds))
+    call = link.call(internal_exchange(method, params_text, trio.current_time() + seconds, client))
     try:
         while True:
             event = await call.next()

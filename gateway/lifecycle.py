@@ -18,15 +18,32 @@ monotonic seconds. The two tables below are design.md section 7.
 from __future__ import annotations
 
 import enum
+from collections import deque
 from typing import Final
 
 import attrs
 
-__all__ = ["CIRCUIT_FAILURES", "CIRCUIT_SECONDS", "PROVEN_SECONDS", "Event", "Phase", "State", "admit", "feed"]
+__all__ = [
+    "CIRCUIT_FAILURES",
+    "CIRCUIT_SECONDS",
+    "FORGET_SECONDS",
+    "MAX_FAILURES",
+    "PROVEN_SECONDS",
+    "Event",
+    "Phase",
+    "State",
+    "Tally",
+    "admit",
+    "feed",
+]
 
 CIRCUIT_FAILURES: Final = 5
 """From this many consecutive failures on the circuit is open."""
 CIRCUIT_SECONDS: Final = 30.0
+MAX_FAILURES: Final = 10
+"""Failures of one caller's units of one server in CIRCUIT_SECONDS; see ``Tally``. One unit alone has half of them."""
+FORGET_SECONDS: Final = 300.0
+"""For how long a unit that failed, and that nobody wants any more, keeps its backoff."""
 PROVEN_SECONDS: Final = 10.0
 """A server that was up this long after its handshake, and answered at least once, starts counting anew."""
 DELAYS: Final = {1: 0.0, 2: 1.0, 3: 2.0, 4: 4.0}
@@ -108,3 +125,30 @@ def feed(state: State, event: Event, now: float, *, error: str = "", replies: in
     if delay == 0:
         return State(Phase.IDLE, failures, 0.0, None, error)
     return State(Phase.BACKOFF, failures, now + delay * jitter, None, error)
+
+
+class Tally:
+    """The latest failures of all units that one caller has had of one server, and why it was the last time.
+
+    A unit waits after its own failures, but who isolates it can be a new session, or another way to be asked, with each
+    request. So no more than MAX_FAILURES in any CIRCUIT_SECONDS are one caller's, whichever of its units they meet.
+    """
+
+    __slots__ = ("_times", "error")
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=MAX_FAILURES)
+        self.error = ""
+
+    def add(self, now: float, error: str) -> None:
+        """One more."""
+        self._times.append(now)
+        self.error = error
+
+    def wait(self, now: float) -> float:
+        """Seconds until one of them may be started again; 0 means now."""
+        return max(0.0, self._times[0] + CIRCUIT_SECONDS - now) if len(self._times) == MAX_FAILURES else 0.0
+
+    def over(self, now: float) -> bool:
+        """Whether all of them are too old to count."""
+        return not self._times or self._times[-1] + CIRCUIT_SECONDS <= now

@@ -27,16 +27,26 @@ import trio
 from gateway.auth.principal import Principal
 from gateway.config.model import Catalog, ServerSpec, Settings
 from gateway.directory import LISTS, LISTS_OF, Listing, Shelf, topic_of
-from gateway.errors import GatewayError, LinkLost, Overloaded, ServerProtocolError, StartFailed, UpstreamTimeout
+from gateway.errors import (
+    REPLACED,
+    GatewayError,
+    LinkLost,
+    Overloaded,
+    ServerProtocolError,
+    StartFailed,
+    UpstreamTimeout,
+    of_archive,
+)
 from gateway.exchange import Ask, Call, Client, Exchange
 from gateway.hub import Audience, Hub
-from gateway.lifecycle import Event, Phase, State, admit, feed
+from gateway.lifecycle import CIRCUIT_SECONDS, FORGET_SECONDS, MAX_FAILURES, Event, Phase, State, Tally, admit, feed
 from gateway.protocol.eras import LATEST_LEGACY, LEGACY_VERSIONS, Era
 from gateway.protocol.message import METHOD_NOT_FOUND, RESULT, Message, build_result, decode_reply, dumps
 from gateway.runtimes.base import Place, Runtime, Surroundings
 from gateway.telemetry.record import ServerStatus
 from gateway.turns import Queue, Turn
 from gateway.upstream.connect import Terms, UpstreamLink, WrongEra, connect
+from gateway.upstream.modern import lister
 
 __all__ = ["Counters", "Supervisor", "Unit", "UnitKey"]
 
@@ -168,6 +178,7 @@ class Unit:
         self.replies = 0
         self.started_at = 0.0
         self.started_wall = 0.0
+        self.failed_at = -inf
         self.retired = False
         self.audience: Audience = None
         self.principal: Principal | None = None
@@ -430,6 +441,10 @@ class Unit:
                 f"{wait:.1f} s): {self.state.last_error}",
                 retry_after=wait,
             )
+        if by_hand:
+            self.supervisor.forgive(self.spec)
+        else:
+            self.supervisor.check_failures(self)
         self.supervisor.check_room(self.spec)
         self._failure = None
         self._stopping = ""
@@ -582,14 +597,16 @@ class Unit:
     def _terms(self) -> Terms:
         client = self.client
         directions = self.supervisor.directions
+        info = directions.info if client is None else client.info or directions.info
         return Terms(
             self.spec.id,
             self._noticed,
             self._asked,
-            directions.info if client is None else client.info or directions.info,
+            info,
             {} if client is None else client.capabilities,
             client.version if client is not None and client.version in LEGACY_VERSIONS else LATEST_LEGACY,
             isolated=client is not None,
+            lister=lister(client, info),
             max_message_bytes=self.max_message_bytes,
             timeout=inf,
             eras=self._eras(),
@@ -676,6 +693,8 @@ class Unit:
     def _blame(self, error: BaseException) -> GatewayError:
         if isinstance(error, GatewayError):
             return error
+        if of_archive(error):
+            return StartFailed(REPLACED)
         log.error("unexpected failure while running server %s", self.spec.id, exc_info=error)
         return StartFailed(f"Server '{self.spec.id}' could not be run: internal error ({type(error).__name__})")
 
@@ -706,6 +725,9 @@ class Unit:
         else:
             self._say(logging.WARNING, "Failed to start server" if starting else "Server failed", error=failure.message)
             self._feed(Event.FAILED, failure.message)
+            self.failed_at = trio.current_time()
+            if self.client is not None and (starting or self.replies == 0):
+                self.supervisor.failed(self)
         if starting and failure is not None:
             # All who wait for this start are told now, also those who wait for a slot.
             for turn in self._queue:
@@ -713,8 +735,13 @@ class Unit:
                     turn.error = failure.anew()
                     turn.task.set()
             self._queue.clear()
-        if self._disposable and self.active == 0 and self.holds == 0:
+        if self._disposable and self.unused:
             self.supervisor.forget(self)
+
+    @property
+    def unused(self) -> bool:
+        """Whether nothing of it runs and nobody waits for it."""
+        return self._scope is None and self.active == 0 and self.holds == 0
 
     @property
     def _disposable(self) -> bool:
@@ -987,6 +1014,7 @@ class Supervisor:
         self.deviants: set[Unit] = set()
         self._shared: dict[ServerSpec, Unit] = {}
         self._isolated: dict[Hashable, Unit] = {}
+        self._tallies: dict[tuple[ServerSpec, Principal | None], Tally] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hold the units. Cancel it to stop them all, in parallel, each within its stop grace."""
@@ -1066,6 +1094,33 @@ class Supervisor:
         if sum(1 for other in running if other.id == spec.id) >= limit:
             raise Overloaded(f"Server '{spec.id}' is running {limit} times (max_units_per_server)")
 
+    def check_failures(self, unit: Unit) -> None:
+        """Raises StartFailed when too many units of this server have just failed the caller that this one is for."""
+        tally = self._tallies.get((unit.spec, unit.principal))
+        wait = 0.0 if tally is None else tally.wait(trio.current_time())
+        if tally is not None and wait > 0:
+            raise StartFailed(
+                f"Server '{unit.spec.id}' failed {MAX_FAILURES} times in the last {CIRCUIT_SECONDS:g} s (next attempt "
+                f"in {wait:.1f} s): {tally.error}",
+                retry_after=wait,
+            )
+
+    def failed(self, unit: Unit) -> None:
+        """A client's own unit has not come up, or has ended without a reply.
+
+        Those that failed long ago are forgotten: callers can make any number of kinds of them.
+        """
+        now = trio.current_time()
+        self._tallies = {key: tally for key, tally in self._tallies.items() if not tally.over(now)}
+        self._tallies.setdefault((unit.spec, unit.principal), Tally()).add(now, unit.state.last_error)
+        for other in list(self._isolated.values()):
+            if other.failed_at + FORGET_SECONDS < now and other.state.failures and other.unused:
+                self.forget(other)
+
+    def forgive(self, spec: ServerSpec) -> None:
+        """Somebody has seen to this server: what failed before says nothing any more of units that are new."""
+        self._tallies = {key: tally for key, tally in self._tallies.items() if key[0] != spec}
+
     def runtime_of(self, spec: ServerSpec) -> Runtime:
         """Raises StartFailed for a type that this build can't start."""
         runtime = self.directions.runtimes.get(spec.runtime_type)
@@ -1126,6 +1181,7 @@ class Supervisor:
         current = set(catalog.servers)
         self.refuted = {spec: era for spec, era in self.refuted.items() if spec in current}
         self.shelf.keep(current)
+        self._tallies = {key: tally for key, tally in self._tallies.items() if key[0] in current}
         for unit in self.units():
             unit.configure(settings)
             of_session = unit.client is not None and unit.client.owner is not None

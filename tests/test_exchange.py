@@ -23,7 +23,8 @@ class FakeLink:
 
 def make(ends: list[Call] | None = None) -> tuple[Call, Any]:
     link: Any = FakeLink()
-    exchange = internal_exchange("tools/call", "{}", 10.0, None if ends is None else ends.append)
+    exchange = internal_exchange("tools/call", "{}", 10.0)
+    exchange.on_end = None if ends is None else ends.append
     return Call(exchange, link, 1, 0.0), link
 
 

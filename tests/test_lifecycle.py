@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from gateway.lifecycle import Event, Phase, State, admit, feed
+from gateway.lifecycle import CIRCUIT_SECONDS, MAX_FAILURES, Event, Phase, State, Tally, admit, feed
 
 STARTING = State(Phase.STARTING)
 
@@ -79,3 +79,26 @@ def test_L1_H16_phases_show_as_the_statuses_of_compat() -> None:
 def test_impossible_events_are_defects(phase: Phase, event: Event) -> None:
     with pytest.raises(AssertionError):
         feed(State(phase), event, 0)
+
+
+def test_RB06_of_one_callers_units_so_many_may_fail_within_a_while() -> None:
+    tally = Tally()
+    assert (tally.wait(0), tally.over(0)) == (0, True)
+    for now in range(MAX_FAILURES):
+        assert tally.wait(now) == 0
+        tally.add(now, f"no {now}")
+    last = MAX_FAILURES - 1
+    assert (tally.wait(last), tally.error) == (CIRCUIT_SECONDS - last, f"no {last}")
+    assert tally.wait(CIRCUIT_SECONDS) == 0, "the first is too old to count"
+    tally.add(CIRCUIT_SECONDS, "again")
+    assert tally.wait(CIRCUIT_SECONDS) == 1, "the second is not yet"
+    assert not tally.over(2 * CIRCUIT_SECONDS - 1) and tally.over(2 * CIRCUIT_SECONDS)
+
+
+def test_RB06_one_unit_alone_never_fails_as_often_as_all_may() -> None:
+    state, tally, now = State(), Tally(), 0.0
+    for _ in range(100):
+        state = fail(state, now, jitter=0.8)
+        tally.add(now, "no")
+        assert tally.wait(now) == 0
+        now = max(now, state.retry_at)

@@ -21,10 +21,12 @@ import time
 import types
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from running import StdioClient
 
 import gateway
 
@@ -133,15 +135,17 @@ def make_place(pyz: Path, folder: Path, python: str) -> Iterator[Place]:
 
 
 class Http:
-    """``http`` mode, running in a place."""
+    """``http`` mode, running in a place. In ``more`` of the catalog, PORT is its own port."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, *options: str, more: str = "") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        (place.folder / "catalog.yaml").write_text(CATALOG)
         self.place = place
-        self.process = place.start("http", "--catalog", "catalog.yaml", "--listen-addr", f"127.0.0.1:{self.port}")
+        self.write(more)
+        self.process = place.start(
+            "http", "--catalog", "catalog.yaml", "--listen-addr", f"127.0.0.1:{self.port}", *options
+        )
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -167,12 +171,37 @@ class Http:
         finally:
             connection.close()
 
-    def call(self) -> Any:
-        """One tools/call by server id."""
-        body = {"server_id": "demo", "jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": ECHO}
+    def write(self, more: str) -> None:
+        """The catalog, with more servers than the demo."""
+        (self.place.folder / "catalog.yaml").write_text(CATALOG + more.replace("PORT", str(self.port)))
+
+    def rest(self, server_id: str) -> Any:
+        """The reply to one tools/call by server id."""
+        body = {"server_id": server_id, "jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": ECHO}
         status, reply = self.ask("POST", "/mcp", body)
-        assert (status, reply.get("id")) == (200, 7), (reply, self.place.log())
+        assert (status, reply.get("id")) == (502 if "error" in reply else 200, 7), (reply, self.place.log())
+        return reply
+
+    def call(self, server_id: str = "demo") -> Any:
+        """What one tools/call by server id gives."""
+        reply = self.rest(server_id)
+        assert "result" in reply, (reply, self.place.log())
         return reply["result"]["content"]
+
+    def search(self, path: str) -> tuple[int, Any]:
+        """Status and reply of a search for tools there, in a session of its own."""
+        hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+        assert self.ask("POST", path, {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello})[0] == 200
+        session = {"Mcp_Session_Id": self.headers["Mcp-Session-Id"], "MCP_Protocol_Version": "2025-11-25"}
+        params = {"name": "search_tools", "arguments": {"query": "echo"}}
+        return self.ask("POST", path, {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": params}, **session)
+
+    def wait_for_line(self, text: str) -> None:
+        """Until the log has it."""
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.place.log():
+            assert time.monotonic() < deadline, self.place.log()
+            time.sleep(0.02)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -273,6 +302,94 @@ def test_A2_replaced_while_running(here: Place, rest_first: bool) -> None:
     else:
         assert (status, answer["message"]) == (503, REPLACED)
     assert http.ask("GET", "/health")[0] == 200
+    assert http.call() == ECHOED
+    http.stop()
+    assert "Traceback" not in here.log()
+
+
+FAR = """
+  - id: far
+    runtime: {type: remote-http, url: "http://127.0.0.1:PORT/servers/demo/mcp"}
+"""
+BOXES = """
+  - id: box
+    runtime: {type: docker, image: acme/box, host: "unix:///nowhere/docker.sock"}
+  - id: job
+    runtime: {type: k8s-job, image: acme/box, namespace: acme}
+  - id: service
+    runtime: {type: k8s-service, service_name: acme, namespace: acme, port: 80}
+  - id: tls
+    runtime: {type: remote-http, url: "https://127.0.0.1:PORT/servers/demo/mcp"}
+"""
+KUBECONFIG = """
+clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}]
+users: [{name: u, user: {token: t}}]
+contexts: [{name: nowhere, context: {cluster: c, user: u}}]
+current-context: nowhere
+"""
+
+
+def replace(pyz: Path, how: str) -> None:
+    """Put another archive in its place, as good as the first, with everything in it somewhere else."""
+    first, _, rest = pyz.read_bytes().partition(b"\n")
+    newer = pyz.with_name("newer.pyz")
+    newer.write_bytes(first + b"\n" + b"#" * 999 + b"\n" + rest)
+    assert len(zipfile.ZipFile(newer).namelist()) > 100
+    if how == "mv":
+        newer.replace(pyz)
+    else:
+        shutil.copyfile(newer, pyz)
+        newer.unlink()
+
+
+def test_A2_replaced_before_a_desktop_clients_first_start(here: Place) -> None:
+    """Its gateway has imported nothing that it has not used: it says what happened."""
+    (here.folder / "catalog.yaml").write_text(CATALOG + BOXES.replace("PORT", "1"))
+    client = StdioClient(
+        [here.python, "gateway.pyz", "stdio", "--catalog", "catalog.yaml"], env=here.environment, cwd=here.folder
+    )
+    try:
+        replace(here.pyz, "cp")
+        for name in ("box__x", "tls__x"):
+            reply = client.request("tools/call", {"name": name})
+            assert REPLACED in str(reply) and "nternal error" not in str(reply)
+    finally:
+        assert client.close() == 0
+
+
+@pytest.mark.parametrize("how", ["mv", "cp"])
+def test_A2_replaced_before_the_first_start(here: Place, how: str) -> None:
+    """What the catalog's servers need is there already, whether or not one of them was ever started."""
+    (here.folder / "kubeconfig").write_text(KUBECONFIG)
+    here.environment["KUBECONFIG"] = str(here.folder / "kubeconfig")
+    views = "views: [{name: found, mode: search, servers: [demo]}]\n"
+    http = Http(here, "--log-level", "debug", more=FAR + BOXES + views)
+    http.wait_for_line("What the catalog's servers need is loaded")
+    replace(here.pyz, how)
+    assert http.call("far") == ECHOED
+    why = {"box": "no such file", "job": "connection refused", "service": "connection refused", "tls": "TLS failed"}
+    with ThreadPoolExecutor() as callers:  # at once: an API server that can't be reached is tried for seconds
+        for reply, reason in zip(callers.map(http.rest, why), why.values(), strict=True):
+            assert reason in reply["error"]["message"]
+    assert http.search("/views/found/mcp")[0] == 200
+    http.stop()
+    assert "Traceback" not in here.log()
+
+
+def test_A2_replaced_before_a_reload_that_needs_more(here: Place) -> None:
+    """What can't be loaded any more says so, to the operator and to the callers, and harms nobody else."""
+    http = Http(here)
+    assert http.call() == ECHOED
+    replace(here.pyz, "cp")
+    http.write(FAR + BOXES)
+    http.wait_for_line(REPLACED)
+    http.wait_for_line("Loaded 6 servers")
+    for server_id in ("far", "box", "job", "service", "tls"):
+        error = http.rest(server_id)["error"]
+        assert REPLACED in error["message"], error
+        assert "nternal error" not in str(error)
+    status, answer = http.search("/mcp?mode=search")
+    assert (status, answer["message"]) == (503, REPLACED)
     assert http.call() == ECHOED
     http.stop()
     assert "Traceback" not in here.log()

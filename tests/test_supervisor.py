@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import attrs
@@ -13,10 +14,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from gateway.auth.principal import ANONYMOUS, Principal
 from gateway.config.model import Catalog, ServerSpec, Settings
 from gateway.config.snapshot import Snapshot
-from gateway.errors import LinkLost, Overloaded, StartFailed, UpstreamTimeout
+from gateway.errors import GatewayError, LinkLost, Overloaded, StartFailed, UpstreamTimeout
 from gateway.exchange import Ask, Client, Exchange, Reply
 from gateway.hub import Hub
-from gateway.lifecycle import Phase
+from gateway.lifecycle import CIRCUIT_SECONDS, FORGET_SECONDS, MAX_FAILURES, Phase
 from gateway.protocol.eras import Era
 from gateway.protocol.message import Message, decode_request
 from gateway.runtimes.base import Surroundings
@@ -204,6 +205,56 @@ async def test_A9_RB06_crashes_back_off_by_the_table_and_open_the_circuit(
     await trio.sleep(30)
     await call(unit)
     assert unit.state.phase is Phase.READY
+
+
+@pytest.mark.parametrize(
+    ("isolation", "dies"),
+    [
+        ("session", "at its start"),
+        ("session", "of its first call"),
+        ("principal", "at its start"),
+        ("principal", "of its first call"),
+        ("call", "at its start"),
+    ],
+)
+async def test_A9_RB06_whoever_varies_who_it_is_meets_a_backoff_all_the_same(
+    house: House, autojump_clock: MockClock, isolation: Any, dies: str
+) -> None:
+    """Every way in which a client can be asked makes a unit of its own, and a call of ``isolation: call`` always."""
+    ann, bob = Principal("ann"), Principal("bob")
+
+    def die(pipe: MemoryPipe, message: dict[str, Any]) -> None:
+        if "id" in message:
+            pipe.exit(1)
+
+    script = Script(fail_starts=10**9) if dies == "at its start" else Script(answer=die)
+    kinds = (modern(f"modern:{n}", capabilities={"elicitation": {"n": n}}) for n in range(10**9))
+
+    async def meets(who: Principal) -> GatewayError:
+        with pytest.raises((StartFailed, LinkLost)) as caught:
+            await call(house.unit(script, next(kinds), who, isolation=isolation))
+        return caught.value
+
+    for _ in range(MAX_FAILURES):
+        await meets(ann)
+        await trio.sleep(0.1)
+    assert script.starts == MAX_FAILURES
+    for _ in range(100):
+        refused = await meets(ann)
+    assert script.starts == MAX_FAILURES
+    assert refused.retry_after == pytest.approx(CIRCUIT_SECONDS - 0.1 * MAX_FAILURES)
+    assert f"failed {MAX_FAILURES} times in the last 30 s" in refused.message and "exited" in refused.message
+    await meets(bob)
+    assert script.starts == MAX_FAILURES + 1, "nobody pays for another one's"
+    with pytest.raises(StartFailed, match="exited") if script.fail_starts else contextlib.nullcontext():
+        await house.unit(script, next(kinds), ann, isolation=isolation).ready(by_hand=True)
+    await meets(ann)
+    assert script.starts == MAX_FAILURES + 3, "by hand it is tried at once, and then by others again"
+    for _ in range(1000):
+        await meets(ann)
+        await trio.sleep(3)
+    assert script.starts <= 3000 / CIRCUIT_SECONDS * MAX_FAILURES + 20
+    assert len(house.supervisor.units()) <= 2 + FORGET_SECONDS / CIRCUIT_SECONDS * (MAX_FAILURES + 1)
 
 
 async def test_A9_manual_start_skips_the_wait(house: House, autojump_clock: MockClock) -> None:

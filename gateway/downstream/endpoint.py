@@ -31,7 +31,15 @@ from gateway.downstream.legacy import LegacyFront
 from gateway.downstream.modern import ModernFront
 from gateway.downstream.rpc import RpcFront
 from gateway.downstream.server import ClientGone, ConnectionLimits, Request
-from gateway.errors import AuthError, ClientProtocolError, Forbidden, GatewayError, Unauthenticated
+from gateway.errors import (
+    REPLACED,
+    AuthError,
+    ClientProtocolError,
+    Forbidden,
+    GatewayError,
+    Unauthenticated,
+    unexpected,
+)
 from gateway.exchange import Target, ViewName
 from gateway.protocol.eras import LEGACY_VERSIONS, MODERN_VERSIONS, is_modern
 from gateway.protocol.message import INVALID_REQUEST, Malformed, Message, build_error, decode_request, split_batch
@@ -51,7 +59,6 @@ MAX_ROUTES: Final = 4096
 MAX_ROUTE: Final = 256
 """Routes that are remembered, and characters of the longest path among them."""
 HEALTHY: Final = b'{"status":"ok"}'
-REPLACED: Final = "gateway.pyz was replaced; restart the gateway"
 NOT_JSON: Final = "Content-Type must be application/json"
 LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
 
@@ -226,8 +233,12 @@ class Endpoint:
         except Exception as error:
             if request.responded:
                 raise  # a reply that was cut must look cut; the connection sees to that, and logs it
+            text = unexpected(error)
+            if text is REPLACED:
+                await self._replaced(request)
+                return
             self._failed(request, request_id, error)
-            await request.respond(500, error_body(500, "Internal error"))
+            await request.respond(500, error_body(500, text))
         finally:
             if received:
                 self._completed(request, request_id, received)
@@ -273,6 +284,11 @@ class Endpoint:
             if asked:
                 extra.append(("Access-Control-Allow-Headers", asked))
             extra.append(("Access-Control-Max-Age", CORS_AGE))
+
+    async def _replaced(self, request: Request) -> None:
+        """What this request needs was never loaded, and can't be any more."""
+        self._noise.warning("replaced", REPLACED)
+        await request.respond(503, error_body(503, REPLACED))
 
     async def _refuse(self, request: Request, error: GatewayError) -> None:
         """A fault in the shape of compat H25."""
@@ -424,8 +440,7 @@ class Endpoint:
                     try:
                         self._admin = await self._load_admin()
                     except AdminGone:
-                        self._noise.warning("replaced", REPLACED)
-                        await request.respond(503, error_body(503, REPLACED))
+                        await self._replaced(request)
                         return
         await run_asgi(request, self._admin, {"principal": principal})
 

@@ -18,7 +18,7 @@ from gateway.downstream.legacy import NOT_A_STREAM, LegacyFront
 from gateway.downstream.server import Request
 from gateway.downstream.sessions import Session
 from gateway.downstream.streams import COMMENT_AFTER, Feed
-from gateway.errors import ClientProtocolError, GatewayError, Overloaded
+from gateway.errors import ClientProtocolError, GatewayError, Overloaded, unexpected
 from gateway.exchange import Target
 from gateway.protocol.message import INTERNAL_ERROR, Message, build_error
 from gateway.protocol.session import BATCH_VERSION, STREAM, State, accepts, failure, hello, welcome
@@ -147,9 +147,9 @@ class SseFront:
                 text = await self._initialize(session, message, outlet)
             else:
                 text, _, _ = await self.legacy.answer(session, message, None, outlet)
-        except Exception:
+        except Exception as error:
             log.exception("unexpected failure while answering %s", message.method)
-            text = build_error(message.id_text, INTERNAL_ERROR, "Internal error", {"source": "gateway"})
+            text = build_error(message.id_text, INTERNAL_ERROR, unexpected(error), {"source": "gateway"})
         session.feed.owed -= 1
         if not session.closed:
             session.feed.add(text)

@@ -68,6 +68,15 @@ NO_SUCH_SESSION: Final = 'Session not found: it has ended or never was yours; be
 
 _REPLY_CANCELLED: Final = Reply.error(-32000, "Request cancelled", {"source": "gateway", "reason": "Request cancelled"})
 
+
+def _check_open(session: Session) -> None:
+    """A request that has a task of its own may get its first turn after the session's end, when nobody is left to
+    cancel it: what it starts would run for nobody. Raises UnknownTarget.
+    """
+    if session.closed:
+        raise UnknownTarget(NO_SUCH_SESSION)
+
+
 def _id_in_use(message: Message) -> ClientProtocolError:
     return ClientProtocolError(f"The id {message.id_text[:80]} belongs to a request that is still running")
 
@@ -257,6 +266,7 @@ class LegacyFront:
         key, calls = message.id, session.calls
         call: Call | None = None
         try:
+            _check_open(session)
             if key in calls:
                 raise _id_in_use(message)
             exchange = self._exchange(session, message)
@@ -402,6 +412,7 @@ class LegacyFront:
 
     async def introduce(self, session: Session, outlet: Outlet) -> Mapping[str, Any]:
         """What the endpoint is, for the reply to initialize. Its server may have to start. Raises GatewayError."""
+        _check_open(session)
         router, snapshot = self.router, self.router.snapshot
         start = snapshot.settings.start_timeout_seconds
         spec = router.check(session.principal, session.target)

@@ -29,6 +29,7 @@ from gateway.errors import (
     StartFailed,
     UnknownTarget,
     UpstreamError,
+    unexpected,
 )
 from gateway.exchange import Target, ViewName, decline
 from gateway.protocol.eras import LATEST_LEGACY, Era, is_modern
@@ -352,9 +353,9 @@ class StdioFront:
             self._met = self._met or message.method not in (DISCOVER, LISTEN)
         except GatewayError as error:
             text = self._modern_fault(lines, error, message)
-        except Exception:
+        except Exception as error:
             log.exception("unexpected failure while answering %s", message.method)
-            text = build_error(message.id_text, INTERNAL_ERROR, "Internal error", SOURCE)
+            text = build_error(message.id_text, INTERNAL_ERROR, unexpected(error), SOURCE)
         finally:
             self._leave()
         if text and not request.withdrawn:
@@ -381,9 +382,9 @@ class StdioFront:
             return text
         except GatewayError as error:
             return self._fault(error, message)
-        except Exception:
+        except Exception as error:
             log.exception("unexpected failure while answering %s", message.method)
-            return build_error(message.id_text, INTERNAL_ERROR, "Internal error", SOURCE)
+            return build_error(message.id_text, INTERNAL_ERROR, unexpected(error), SOURCE)
 
     async def _initialize(self, session: Session, message: Message, outlet: LineOutlet) -> str:
         try:

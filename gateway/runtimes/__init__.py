@@ -1,6 +1,6 @@
 """The ways to start a server: an explicit tuple, and plugins that the config names (design.md section 8, compat K29).
 
-A spec is cheap to import; what a runtime needs to run is imported by its ``open``.
+A spec is cheap to import; what a runtime needs to run is imported by its ``open``, or before (``Runtime.modules``).
 """
 
 from __future__ import annotations

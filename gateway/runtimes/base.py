@@ -131,6 +131,11 @@ class Progress(Protocol):
     def __call__(self, text: str, *, extend: bool = False) -> None: ...
 
 
+def _never(spec: Any) -> bool:
+    """An ``origin`` that no spec has."""
+    return False
+
+
 def _unheard(text: str, *, extend: bool = False) -> None:
     """A Progress that nobody wants to know."""
 
@@ -178,6 +183,9 @@ class Runtime:
     It does no I/O but looking at paths. ``sweep(where, instance, environ)`` removes everything that the gateway with
     that instance id has made there, and nothing else (RB62). It raises StartFailed when it can't be sure that all is
     gone; then it is called again.
+
+    ``modules`` are those that ``open`` imports, ``origin`` says whether a spec's place is an Origin. With these a
+    daemon has in memory what its catalog needs, off the way of the first caller and before its archive is replaced.
     """
 
     type: str
@@ -186,3 +194,5 @@ class Runtime:
     aliases: tuple[str, ...] = ()
     advice: Callable[[Any, Surroundings], Sequence[str]] | None = None
     sweep: Callable[[str, str, Mapping[str, str]], Awaitable[None]] | None = None
+    modules: tuple[str, ...] = ()
+    origin: Callable[[Any], bool] = _never

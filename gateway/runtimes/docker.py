@@ -4,7 +4,7 @@ A container gets what its entry says and nothing of the gateway's own environmen
 RB65): no new privileges, no capabilities, limits on memory, CPU and processes, an init process, and of this machine
 only the paths that ``containers.mounts`` lets through. Each relaxation is a key of its own, and ``check`` prints it.
 
-What runs a container is imported by the first one: see ``containers.life``.
+What runs a container is imported where a catalog has one: see ``containers.life``.
 """
 
 from __future__ import annotations
@@ -93,5 +93,17 @@ async def _sweep(type: str, where: str, instance: str, environ: Mapping[str, str
     await sweep(type, where, instance, environ)
 
 
-RUNTIME: Final = Runtime("docker", DockerSpec, partial(_open, "docker"), advice=advise, sweep=partial(_sweep, "docker"))
-PODMAN: Final = Runtime("podman", DockerSpec, partial(_open, "podman"), advice=advise, sweep=partial(_sweep, "podman"))
+def _runtime(type: str) -> Runtime:
+    return Runtime(
+        type,
+        DockerSpec,
+        partial(_open, type),
+        advice=advise,
+        sweep=partial(_sweep, type),
+        modules=("gateway.runtimes.containers.life",),
+        origin=lambda spec: spec.port is not None,
+    )
+
+
+RUNTIME: Final = _runtime("docker")
+PODMAN: Final = _runtime("podman")

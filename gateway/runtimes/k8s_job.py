@@ -1,7 +1,7 @@
 """Servers as Kubernetes Jobs of one pod (compat K24-K26), and what ``check`` says of an entry.
 
 Each start makes a Job of its own and each stop removes it. How the pod looks is ``kubernetes.manifest``; what runs it,
-``kubernetes.pod``, is imported by the first start.
+``kubernetes.pod``, is imported where a catalog has one.
 """
 
 from __future__ import annotations
@@ -57,4 +57,6 @@ async def sweep(where: str, instance: str, environ: Mapping[str, str]) -> None:
     await job_pod.sweep(where, instance, environ)
 
 
-RUNTIME: Final = Runtime("k8s-job", K8sJobSpec, open_job, advice=advise, sweep=sweep)
+RUNTIME: Final = Runtime(
+    "k8s-job", K8sJobSpec, open_job, advice=advise, sweep=sweep, modules=("gateway.runtimes.kubernetes.pod",)
+)

@@ -347,4 +347,11 @@ async def sweep(where: str, instance: str, environ: Mapping[str, str]) -> None:
         await Scaler(cluster, target, instance, partial(open_cluster, context, environ)).clear()
 
 
-RUNTIME: Final = Runtime("k8s-service", K8sServiceSpec, open_service, sweep=sweep)
+RUNTIME: Final = Runtime(
+    "k8s-service",
+    K8sServiceSpec,
+    open_service,
+    sweep=sweep,
+    modules=("gateway.runtimes.kubernetes.routes", "gateway.runtimes.kubernetes.scale"),
+    origin=lambda spec: True,
+)

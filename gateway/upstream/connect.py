@@ -45,7 +45,7 @@ async def connect(place: Place, terms: Terms) -> AsyncIterator[UpstreamLink]:
     has to be opened again for another era to be tried; in a group, as nurseries have it.
     """
     if isinstance(place, Origin):
-        # httpx costs 50 ms and 5 MB, so it is paid by the first remote server only.
+        # httpx costs 50 ms and 5 MB, so only gateways with a server that is reached by HTTP pay for it.
         from gateway.upstream.http import connect_http
 
         async with connect_http(place, terms) as http_link:

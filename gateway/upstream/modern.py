@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
+import attrs
 import trio
 
 from gateway.errors import GatewayError, ServerProtocolError
@@ -53,6 +54,7 @@ __all__ = [
     "is_input_required",
     "legacy_params",
     "listen_params",
+    "lister",
     "modern_params",
     "pass_progress",
     "promised",
@@ -81,21 +83,37 @@ def context_meta(client: Client, info: Mapping[str, Any]) -> str:
     """
     context = client.context
     if context is None:
-        if client.era is Era.MODERN:
-            capabilities = dict(client.capabilities)
-        else:
-            capabilities = translate.session_capabilities(client.capabilities) if client.owner is not None else {}
-        parts = [
-            f"{quote(PROTOCOL_VERSION)}:{quote(MODERN)}",
-            f"{quote(CLIENT_INFO)}:{dumps(dict(client.info or info))}",
-            f"{quote(CLIENT_CAPABILITIES)}:{dumps(capabilities)}",
-        ]
-        if client.log_level is not None:
-            parts.append(f"{quote(LOG_LEVEL)}:{dumps(client.log_level)}")
-        context = ",".join(parts)
+        askable = client.era is Era.MODERN or client.owner is not None
+        context = _context(client.info or info, _declared(client) if askable else {}, client.log_level)
         if client.info:
             client.context = context  # else it holds the name by which only this server knows us
     return context
+
+
+def lister(client: Client | None, info: Mapping[str, Any]) -> Client:
+    """Who asks a server for what it has: the gateway, but in the name of the client that the server belongs to, if any.
+
+    A server may offer more to a client that can be asked more. The gateway can't be asked: that is up to the calls.
+    """
+    if client is None:
+        return INTERNAL
+    return attrs.evolve(INTERNAL, context=_context(client.info or info, _declared(client), None))
+
+
+def _declared(client: Client) -> Mapping[str, Any]:
+    """What a client says with each request that it can be asked, or would if it were a modern one."""
+    return client.capabilities if client.era is Era.MODERN else translate.session_capabilities(client.capabilities)
+
+
+def _context(info: Mapping[str, Any], capabilities: Mapping[str, Any], log_level: str | None) -> str:
+    parts = [
+        f"{quote(PROTOCOL_VERSION)}:{quote(MODERN)}",
+        f"{quote(CLIENT_INFO)}:{dumps(dict(info))}",
+        f"{quote(CLIENT_CAPABILITIES)}:{dumps(dict(capabilities))}",
+    ]
+    if log_level is not None:
+        parts.append(f"{quote(LOG_LEVEL)}:{dumps(log_level)}")
+    return ",".join(parts)
 
 
 def modern_params(exchange: Exchange, id: int, info: Mapping[str, Any], more: Mapping[str, str] | None = None) -> str:

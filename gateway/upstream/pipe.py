@@ -273,7 +273,7 @@ class PipeLink:
 
         Cancelling it cancels the request at the server.
         """
-        return await own_request(self, method, params_text, timeout)
+        return await own_request(self, method, params_text, timeout, self._terms.lister)
 
     def notify(self, method: str, params_text: str = "") -> None:
         """Send a notification; dropped when the link is lost or full."""

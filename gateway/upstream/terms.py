@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from gateway.errors import UpstreamTimeout
-from gateway.exchange import Ask
+from gateway.exchange import INTERNAL, Ask, Client
 from gateway.protocol.eras import LATEST_LEGACY, Era
 from gateway.protocol.message import Message
 
@@ -21,6 +21,7 @@ class Terms:
 
     capabilities  declared to the server: empty for a shared one, exactly its client's for an isolated one
     isolated      one client owns the server
+    lister        who asks it for what it has; see ``modern.lister``
     eras          the eras to try, in this order; one only where the catalog says so
     probe_timeout seconds that a server may be silent to ``server/discover`` before it is taken for a legacy one
     """
@@ -32,6 +33,7 @@ class Terms:
     capabilities: Mapping[str, Any] = attrs.field(factory=dict)
     version: str = LATEST_LEGACY
     isolated: bool = False
+    lister: Client = INTERNAL
     max_message_bytes: int = 16 * 1024 * 1024
     timeout: float = 60.0
     eras: tuple[Era, ...] = (Era.LEGACY,)

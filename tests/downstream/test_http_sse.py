@@ -182,6 +182,27 @@ async def test_RB20_a_closed_stream_cancels_its_calls_and_ends_the_session() -> 
         await until(lambda: house.front.sessions == {})
 
 
+@pytest.mark.parametrize("message", [rpc("initialize", {"protocolVersion": "2024-11-05"}, 0), tool(1)])
+async def test_RB20_what_a_stream_has_posted_last_starts_nothing_once_it_is_closed(message: Any) -> None:
+    """The stream closes between a POST and the first turn of the task that answers it."""
+    async with served() as house, wired(house) as wire:
+        if message["method"] != "initialize":
+            await wire.initialize()
+        session, nursery, known = house.session, house.front.nursery, len(house.router.clients)
+        assert nursery is not None
+
+        class Closing:
+            def start_soon(self, serve: Any, *arguments: Any) -> None:
+                house.front.close(session)
+                nursery.start_soon(serve, *arguments)
+
+        house.front.nursery = Closing()  # type: ignore[assignment]
+        await wire.post(message)
+        await until(lambda: session.feed.owed == 0)
+        assert (house.router.calls, len(house.router.clients)) == ([], known)
+        assert await wire.stream.events() == []
+
+
 async def test_A5_cancelled_notifications_cancel_on_the_stream_too() -> None:
     async with served() as house, wired(house) as wire:
         await wire.initialize()

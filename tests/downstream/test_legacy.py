@@ -1182,6 +1182,16 @@ async def test_RB27_a_batch_that_streams() -> None:
         assert not house.session.feeds
 
 
+async def test_RB27_a_batch_whose_session_ends_before_its_first_turn_starts_nothing() -> None:
+    """Each entry is a task of its own, and a DELETE may come before their first turns."""
+    async with served() as house:
+        session = await house.open("2025-03-26")
+        house.router.notify = lambda exchange: house.front.close(house.session)  # type: ignore[method-assign]
+        reply = await house.post([tool(1), tool(2), note("notifications/roots/list_changed")], session)
+        assert sorted((each["id"], each["error"]["code"]) for each in reply.json) == [(1, -32001), (2, -32001)]
+        assert house.router.calls == []
+
+
 async def test_RB27_batches_without_requests_and_of_other_revisions() -> None:
     async with served() as house:
         session = await house.open("2025-03-26")

@@ -6,6 +6,7 @@ Real gateways, counting servers (``counters``), callers of every front and both 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections import Counter as Tally
@@ -16,7 +17,8 @@ from typing import Any
 
 import pytest
 from counters import Caller, Counter, Refused, most_at_once
-from peers import wait_until
+from listers import names
+from peers import LegacyClient, ModernClient, wait_until
 from running import RunningGateway
 from watched import WatchedGateway, alive
 
@@ -155,6 +157,43 @@ def test_C7_forty_sessions_at_once_each_count_alone(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- until their owner is gone
+ASKER = """
+import json, sys
+# Lists a tool that asks to whoever declares that it can be asked: at initialize, or with each request.
+declared = {}
+for line in sys.stdin:
+    message = json.loads(line)
+    params = message.get("params") or {}
+    if message["method"] == "initialize":
+        declared = params["capabilities"]
+    declared = (params.get("_meta") or {}).get("io.modelcontextprotocol/clientCapabilities", declared)
+    tools = ["plain", "asking"] if "elicitation" in declared else ["plain"]
+    info = {"name": "asker", "version": "1"}
+    result = {"tools": [{"name": name, "inputSchema": {"type": "object"}} for name in tools],
+              "resultType": "complete", "ttlMs": 0, "cacheScope": "private", "supportedVersions": ["2026-07-28"],
+              "protocolVersion": "2025-11-25", "capabilities": {"tools": {}}, "serverInfo": info,
+              "_meta": {"io.modelcontextprotocol/serverInfo": info}}
+    if "id" in message:
+        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("server", ["legacy", "modern"])
+@pytest.mark.parametrize("client", [LegacyClient, ModernClient])
+@pytest.mark.parametrize("isolation", ["session", "principal"])
+def test_C7_a_merged_list_has_what_a_server_offers_to_such_a_client(
+    isolation: str, client: Callable[..., Any], server: str, tmp_path: Path
+) -> None:
+    """The gateway lists in the name of the client that the server belongs to, whatever eras they are of."""
+    runtime = {"type": "local-process", "command": sys.executable, "args": ["-c", ASKER]}
+    entry = {"id": "s", "runtime": runtime, "isolation": isolation, "era": server}
+    for declared, wanted in (({"elicitation": {}}, {"s__plain", "s__asking"}), ({}, {"s__plain"})):
+        folder = tmp_path / str(len(declared))
+        folder.mkdir()
+        with RunningGateway(folder, [entry]) as gateway:
+            assert names(client(gateway, "/mcp", declared)) == wanted
+
+
 def reconfigure(gateway: RunningGateway, **config: Any) -> None:
     """Have the config read again, with these keys only and what the gateway was started with."""
     path = gateway.folder / "config.yaml"

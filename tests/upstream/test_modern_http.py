@@ -37,6 +37,7 @@ from gateway.runtimes.base import Origin
 from gateway.upstream.connect import Terms
 from gateway.upstream.http import connect_http
 from gateway.upstream.http_link import HttpLink
+from gateway.upstream.modern import lister
 from tests.fixtures.http_scripted import (
     META,
     Answer,
@@ -731,6 +732,20 @@ def strict_about_region(script: ModernScript) -> None:
             await script.error(request, answer, 400, -32020, f"Mcp-Param-Region is {header!r}")
         else:
             await script.result(request, answer, content=[], headers=request.headers)
+
+
+@pytest.mark.parametrize(
+    "client", [modern_client(), legacy_client(capabilities={"elicitation": {}, "tasks": {}}), None]
+)
+async def test_the_gateway_lists_in_the_name_of_the_client_that_the_server_belongs_to(client: Client | None) -> None:
+    async with linked(ModernScript(), World(lister=lister(client, INFO))) as (server, link):
+        await link.request("tools/list", timeout=5)
+        (sent,) = server.calls("tools/list")
+    assert sent.json["params"]["_meta"] == {
+        META + "protocolVersion": "2026-07-28",
+        META + "clientInfo": INFO if client is None else client.info,
+        META + "clientCapabilities": {} if client is None else {"elicitation": {}},
+    }
 
 
 async def test_x_mcp_header_arguments_are_mirrored_once_the_tools_have_been_listed() -> None:
