@@ -41,7 +41,9 @@ class FakeEngine:
         self.headers: dict[str, dict[str, str]] = {}
         self.exited = trio.Event()
         self.code: int = 0
+        self.target = ""
         self.attached: trio.SocketStream | None = None
+        self.input: trio.SocketStream | None = None
         self.early = b""
         self.answers: dict[tuple[str, str], Answer] = {
             ("GET", "/version"): (200, VERSION),
@@ -57,7 +59,10 @@ class FakeEngine:
         }
 
     async def attach(self, stream: trio.SocketStream) -> None:
-        self.attached = stream
+        if "stdout" in self.target:
+            self.attached = stream
+        if "stdin" in self.target:
+            self.input = stream
         await stream.send_all(b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n" + self.early)
         with trio.move_on_after(60):
             await self.exited.wait()
@@ -126,6 +131,7 @@ class FakeEngine:
                     if body:
                         self.bodies[path] = json.loads(body)
                     answer = self.answers.get((method, path), (404, {"message": f"no such thing: {path}"}))
+                    self.target = target
                     if callable(answer):
                         await answer(stream)
                         if path.endswith(("/attach", "/wait", "/events")):
@@ -636,7 +642,7 @@ async def test_K17_an_engine_behind_tls(fake: FakeEngine, secure: dict[str, str]
         async with RUNTIME.open(DockerSpec("acme/box:1"), around) as pipe:
             assert not hasattr(pipe, "url")
             assert pipe.details["engine"] == secure["DOCKER_HOST"]
-            assert fake.attached is not None
+            assert fake.attached is not None and fake.input is not None
             reply = frame(1, b"r" * 300_000 + b"\n")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fake.attached.send_all, reply)
@@ -649,9 +655,9 @@ async def test_K17_an_engine_behind_tls(fake: FakeEngine, secure: dict[str, str]
             while data:
                 data = data[pipe.write_nowait(data) :]
                 if len(echoed) < 300_000:
-                    echoed += await fake.attached.receive_some()
+                    echoed += await fake.input.receive_some()
             while len(echoed) < 300_000:
-                echoed += await fake.attached.receive_some()
+                echoed += await fake.input.receive_some()
             assert echoed == b"q" * 300_000
             fake.code = 5
             fake.exited.set()

@@ -182,7 +182,6 @@ class Container:
         self._frames = Frames()
         self._fd = -1
         self._early = b""
-        self._halves = True
         self._size = READ_SIZE
         self.started = False
         self._stopping = False
@@ -288,7 +287,7 @@ class Container:
     # -------------------------------------------------------------------------------------------------------- starting
     def take(self, streams: Hijacked) -> None:
         """Take over the attached streams."""
-        self._fd, self._early, self._halves = streams.fd, streams.early, streams.halves
+        self._fd, self._early = streams.fd, streams.early
 
     async def start(self) -> None:
         """Start it. Raises StartFailed with the engine's reason."""
@@ -409,14 +408,11 @@ class Container:
     def _end_input(self) -> None:
         if self._fd < 0:
             return
-        if self._halves:
-            try:
-                with socket.socket(fileno=os.dup(self._fd)) as streams:
-                    streams.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass  # it is over already
-        else:
-            self.close()
+        try:
+            with socket.socket(fileno=os.dup(self._fd)) as streams:
+                streams.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it is over already
 
     def _wake(self) -> None:
         if self._fd >= 0:

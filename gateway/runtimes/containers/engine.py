@@ -15,7 +15,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from math import inf
 from typing import Any, Final
 from urllib.parse import quote, urlencode, urlsplit
@@ -172,12 +172,11 @@ def sockets_of(environ: Mapping[str, str]) -> list[str]:
 class Hijacked:
     """A connection that has become a container's streams: a non-blocking descriptor, and what had arrived already.
 
-    The caller closes ``fd``. ``halves``: our direction can be ended alone, by shutdown; else only by closing it all.
+    The caller closes ``fd``, and may end our direction alone by shutdown.
     """
 
     fd: int
     early: bytes
-    halves: bool
 
 
 class Engine:
@@ -277,25 +276,35 @@ class Engine:
     async def hijack(self, path: str, query: Mapping[str, str], nursery: trio.Nursery) -> Hijacked:
         """Turn a connection into a container's streams.
 
-        Over TLS, tasks in ``nursery`` carry the bytes; cancelling them ends the connection. Raises EngineRefused,
+        Over TLS, tasks in ``nursery`` carry the bytes; cancelling them ends the connections. Raises EngineRefused,
         EngineGone.
         """
-        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
         with self._border(), trio.move_on_after(LIMIT):
-            async with self._request("POST", path, query, None, headers, keep=self._secure) as response:
-                if response.status != 101:
-                    self._check(response.status, await _read(response))
-                    raise EngineGone(f"{self.name} does not hand over the container's streams ({response.status})")
-                stream = response.extensions["network_stream"]
-                if self._secure:
-                    return await _carried(stream, nursery)
+            if self._secure:
+                read = {name: value for name, value in query.items() if name != "stdin"}
+                async with self._upgraded(path, read) as output:
+                    if "stdin" not in query:
+                        return _carried(output, None, nursery)
+                    async with self._upgraded(path, {"stream": "1", "stdin": "1"}) as input:
+                        return _carried(output, input, nursery)
+            async with self._upgraded(path, query) as stream:
                 # The connection's descriptor is ours from here; the pool forgets its own when the block is left.
                 fd = os.dup(stream.get_extra_info("socket").fileno())
                 early = b""
                 with trio.CancelScope(deadline=-inf):  # what came with the answer is there without waiting
                     early = await stream.read(CHUNK)
-                return Hijacked(fd, early, halves=True)
+                return Hijacked(fd, early)
         raise EngineGone(f"{self.name} has not answered within {LIMIT:g} s")
+
+    @asynccontextmanager
+    async def _upgraded(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Any]:
+        """A connection that is no longer HTTP. Over TLS it stays open after the block."""
+        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+        async with self._request("POST", path, query, None, headers, keep=self._secure) as response:
+            if response.status != 101:
+                self._check(response.status, await _read(response))
+                raise EngineGone(f"{self.name} does not hand over the container's streams ({response.status})")
+            yield response.extensions["network_stream"]
 
     @asynccontextmanager
     async def _request(
@@ -480,45 +489,47 @@ def _tls(folder: str) -> ssl.SSLContext:
     return context
 
 
-async def _carried(stream: Any, nursery: trio.Nursery) -> Hijacked:
-    """A TLS stream behind a local socket, so that whoever holds the streams need not know of TLS.
+def _carried(output: Any, input: Any, nursery: trio.Nursery) -> Hijacked:
+    """TLS streams behind a local socket, so that whoever holds the container's streams need not know of TLS.
 
-    Its direction can't be ended alone: TLS would have to answer. Closing the local socket closes the stream, which a
-    container with StdinOnce takes for the end of its input.
+    One direction of TLS can't be ended alone, so each has a connection: a container with StdinOnce takes the end of
+    ``input`` for the end of its stdin, and its last words still come.
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     local = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
-    scope = trio.CancelScope()
     broken = (httpcore.NetworkError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError)
 
+    async def end(stream: Any) -> None:
+        with trio.move_on_after(1, shield=True), suppress(*broken):
+            await stream.aclose()
+
     async def outwards() -> None:
-        with suppress(*broken):
-            while data := await local.receive_some(CHUNK):
-                await stream.write(data)
-        scope.cancel()
+        try:
+            with suppress(*broken):
+                while data := await local.receive_some(CHUNK):
+                    await input.write(data)
+        finally:
+            await end(input)
 
     async def inwards() -> None:
-        with suppress(*broken):
-            while data := await stream.read(CHUNK):
-                await local.send_all(data)
-            await local.send_eof()
-            await trio.sleep_forever()
-        scope.cancel()
+        try:
+            with suppress(*broken):
+                while data := await output.read(CHUNK):
+                    await local.send_all(data)
+                await local.send_eof()
+        finally:
+            await end(output)
 
     async def carry() -> None:
-        try:
-            with scope:
-                async with trio.open_nursery() as both:
+        with closing(local.socket):
+            async with trio.open_nursery() as both:
+                both.start_soon(inwards)
+                if input is not None:
                     both.start_soon(outwards)
-                    both.start_soon(inwards)
-        finally:
-            await trio.aclose_forcefully(local)
-            with trio.move_on_after(1, shield=True), suppress(*broken):
-                await stream.aclose()
 
     nursery.start_soon(carry)
-    return Hijacked(ours.detach(), b"", halves=False)
+    return Hijacked(ours.detach(), b"")
 
 
 # ------------------------------------------------------------------------------------------------------------ finding

@@ -1,0 +1,138 @@
+"""Rows K17, K23, D3, D6: engines at a distance, over TLS with certificates on both sides, and what finds them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from actors import wait_until
+from engines import IMAGE, DockerEngine, Engine
+from running import RunningGateway
+
+pytestmark = pytest.mark.real
+
+SLOW = 40.0
+HOST = "127.0.0.2"
+"""Of this machine, but not where the gateway would look for what is on its own one."""
+LAST_WORDS = """
+import runpy, sys
+runpy.run_path("/app/echo_server.py")["main"]()
+print("last words", file=sys.stderr, flush=True)
+"""
+
+
+def make_certificates(folder: Path, name: str = "good") -> Path:
+    """An authority, an engine's certificate and a client's folder, by the commands in Docker's documentation."""
+    made = folder / name
+    client = made / "client"
+    client.mkdir(parents=True)
+
+    def run(*args: str) -> None:
+        subprocess.run(["openssl", *args], cwd=made, check=True, capture_output=True)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    run("req", "-x509", *key, "-days", "2", "-subj", f"/CN={name} CA", "-keyout", "ca-key.pem", "-out", "ca.pem")
+    wishes = {"server": f"subjectAltName=IP:{HOST}\nextendedKeyUsage=serverAuth\n"}
+    wishes["client"] = "extendedKeyUsage=clientAuth\n"
+    for who, wish in wishes.items():
+        (made / f"{who}.ext").write_text(wish)
+        run("req", *key, "-subj", f"/CN={who}", "-keyout", f"{who}-key.pem", "-out", f"{who}.csr")
+        signed = ("-CA", "ca.pem", "-CAkey", "ca-key.pem", "-CAcreateserial", "-days", "2", "-extfile", f"{who}.ext")
+        run("x509", "-req", "-in", f"{who}.csr", *signed, "-out", f"{who}-cert.pem")
+    for source, target in (("ca", "ca"), ("client-cert", "cert"), ("client-key", "key")):
+        shutil.copy(made / f"{source}.pem", client / f"{target}.pem")
+    return made
+
+
+class Remote:
+    """An engine at a TLS port of ``HOST`` that wants a client's certificate; ``engine`` is asked past all that."""
+
+    def __init__(self, folder: Path) -> None:
+        made = make_certificates(folder)
+        self.folder = made / "client"
+        with socket.create_server((HOST, 0)) as listening:
+            self.address = f"tcp://{HOST}:{listening.getsockname()[1]}"
+        files = f"--tlscacert {made}/ca.pem --tlscert {made}/server-cert.pem --tlskey {made}/server-key.pem"
+        self.engine = DockerEngine(ENGINE_ARGS=f"-H {self.address} --tlsverify {files}")
+
+    def variables(self, **other: str) -> dict[str, str]:
+        """What Docker's own client is told."""
+        found = {"DOCKER_HOST": self.address, "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(self.folder)}
+        return {**found, **other}
+
+    def entry(self, id: str, *args: str, runtime: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        """A fixture in a container, at the engine that the environment names."""
+        keys = {"type": "docker", "image": IMAGE, "args": list(args), "pull": "never", **(runtime or {})}
+        return {"id": id, "runtime": keys, **more}
+
+    def events(self, since: float, *names: str) -> list[str]:
+        """What has happened to containers, as far as it bears one of these names."""
+        wanted = quote(json.dumps({"type": ["container"], "event": list(names)}))
+        path = f"/events?since={since:.6f}&until={time.time():.6f}&filters={wanted}"
+        status, data = _image_api(self.engine.host, path)
+        assert status == 200, data
+        return [json.loads(line)["Action"] for line in data.splitlines() if line.strip()]
+
+
+def _image_api(host: str, path: str) -> tuple[int, bytes]:
+    from engines import image
+
+    found: tuple[int, bytes] = image.api(host, "GET", path, timeout=60)
+    return found
+
+
+@pytest.fixture(scope="module")
+def remote(
+    engine_named: Callable[[str], Engine], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Remote]:
+    engine_named("20.10")  # skips where there is none
+    made = Remote(tmp_path_factory.mktemp("remote"))
+    try:
+        yield made
+    finally:
+        made.engine.close()
+
+
+def failing(gateway: RunningGateway, id: str) -> str:
+    """What a call that must fail with 502 is told."""
+    body = {"server_id": id, "jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    status, _, data = gateway.http("POST", "/mcp", body, timeout=90)
+    assert status == 502, (status, data)
+    return str(json.loads(data)["message"])
+
+
+# ----------------------------------------------------------------------------------------------------------------- TLS
+def test_K17_D3_streams_over_tls(remote: Remote, tmp_path: Path) -> None:
+    entries = [remote.entry("box", max_message_bytes=8_000_000), remote.entry("here")]
+    with RunningGateway(tmp_path, entries, env=remote.variables()) as gateway:
+        assert gateway.call("box", "echo", {"text": "far away"}) == "far away"
+        (shown,) = gateway.json("GET", "/servers/box")["instances"]
+        assert shown["engine"] == remote.address and shown["memory_bytes"] > 0
+        assert gateway.call("box", "big", {"bytes": 5_000_000}) == "x" * 5_000_000
+        assert gateway.call("box", "echo", {"text": "é" * 400_000}) == "é" * 400_000
+        assert gateway.call("box", "stderr", {"lines": 20_000, "text": "noise " * 20})
+        assert gateway.call("box", "echo", {"text": "after the noise"}) == "after the noise"
+        (container,) = remote.engine.containers("open-mcp-gateway.server=box")
+        remote.engine.api("POST", f"/containers/{container['Id']}/kill")
+        wait_until(lambda: gateway.json("GET", "/servers/box")["status"] != "running", 5)
+        assert gateway.call("box", "echo", {"text": "again"}) == "again"
+    assert not remote.engine.containers()
+
+
+def test_K17_P6_over_tls_the_end_of_stdin_is_told_and_the_last_words_arrive(remote: Remote, tmp_path: Path) -> None:
+    entries = [remote.entry("box", "-c", LAST_WORDS, stop_grace_seconds=10)]
+    with RunningGateway(tmp_path, entries, env=remote.variables()) as gateway:
+        assert gateway.call("box", "echo", {"text": "x"}) == "x"
+        since = time.time()
+        gateway.json("POST", "/servers/box/stop")
+        wait_until(lambda: not remote.engine.containers(), SLOW)
+        assert remote.events(since, "kill", "die") == ["die"], "it needs no signal"
+        gateway.wait_for_line("[box] last words")
