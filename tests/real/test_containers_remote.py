@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import pytest
 from actors import wait_until
 from engines import IMAGE, DockerEngine, Engine
 from running import RunningGateway
+
+from gateway.runtimes.containers.engine import find_engine
 
 pytestmark = pytest.mark.real
 
@@ -136,3 +139,70 @@ def test_K17_P6_over_tls_the_end_of_stdin_is_told_and_the_last_words_arrive(remo
         wait_until(lambda: not remote.engine.containers(), SLOW)
         assert remote.events(since, "kill", "die") == ["die"], "it needs no signal"
         gateway.wait_for_line("[box] last words")
+
+
+def test_K17_certificates_that_are_wrong_are_told_with_the_engines_address(remote: Remote, tmp_path: Path) -> None:
+    other = make_certificates(tmp_path, "other") / "client"
+    ours = remote.folder
+    mixed = {
+        "untrusted": {"ca.pem": other, "cert.pem": ours, "key.pem": ours},
+        "foreign": {"ca.pem": ours, "cert.pem": other, "key.pem": other},
+        "anonymous": {"ca.pem": ours},
+        "half": {"ca.pem": ours, "cert.pem": ours},
+    }
+    for name, files in mixed.items():
+        (tmp_path / name).mkdir()
+        for file, source in files.items():
+            shutil.copy(source / file, tmp_path / name / file)
+    told = {}
+    for name in (*mixed, "nowhere"):
+        variables = remote.variables(DOCKER_CERT_PATH=str(tmp_path / name))
+        with RunningGateway(tmp_path, [remote.entry("box")], env=variables) as gateway:
+            told[name] = failing(gateway, "box")
+    assert all(remote.address in text for text in told.values()), told
+    assert "TLS failed: " in told["untrusted"] and "issuer certificate" in told["untrusted"]
+    for name in ("foreign", "anonymous"):
+        assert "it wants another client certificate (cert.pem, key.pem), or one at all" in told[name], told[name]
+    assert "there is no key.pem" in told["half"] and "there is no ca.pem" in told["nowhere"]
+    variables = remote.variables(DOCKER_TLS_VERIFY="")
+    with RunningGateway(tmp_path, [remote.entry("box")], env=variables) as gateway:
+        assert "Client sent an HTTP request to an HTTPS server" in failing(gateway, "box")
+
+
+async def test_K17_strict_pythons_take_the_certificates_of_dockers_documentation(
+    remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lax = ssl.create_default_context
+
+    def strict(*args: Any, **keys: Any) -> ssl.SSLContext:
+        context = lax(*args, **keys)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT  # as from Python 3.13 on
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
+    async with find_engine("docker", "", remote.variables()) as found:
+        assert found.where == remote.address
+
+
+# ----------------------------------------------------------------------------------------------------------------- HTTP
+def test_K17_D1_a_port_is_reached_at_the_engines_own_address(remote: Remote, tmp_path: Path) -> None:
+    args = ("/app/anywhere.py", "/app/peer_server.py", "--era", "modern", "--http")
+    with socket.create_server((HOST, 0)) as listening:
+        free = listening.getsockname()[1]
+    entries = [
+        remote.entry("web", *args, "8080", runtime={"port": 8080}),
+        remote.entry("host", *args, str(free), runtime={"port": free, "network": "host"}),
+    ]
+    with RunningGateway(tmp_path, entries, env=remote.variables()) as gateway:
+        for id in ("web", "host"):
+            assert gateway.rest(id, "tools/list")["result"]["tools"]
+        (container,) = remote.engine.containers("open-mcp-gateway.server=web")
+        (published,) = container["Ports"]
+        assert published["IP"] == HOST, "nowhere else"
+        (shown,) = gateway.json("GET", "/servers/web")["instances"]
+        assert shown["url"] == f"http://{HOST}:{published['PublicPort']}/mcp"
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", published["PublicPort"]), 5):
+            pass
+        (shown,) = gateway.json("GET", "/servers/host")["instances"]
+        assert shown["url"] == f"http://{HOST}:{free}/mcp"
+    assert not remote.engine.containers()

@@ -669,7 +669,7 @@ async def test_K17_an_engine_behind_tls(fake: FakeEngine, secure: dict[str, str]
 
 async def test_K17_tls_without_certificates_or_with_others(secure: dict[str, str], tmp_path: Path) -> None:
     for environ, text in (
-        ({**secure, "DOCKER_CERT_PATH": str(tmp_path / "none")}, "the certificates for the engine in"),
+        ({**secure, "DOCKER_CERT_PATH": str(tmp_path / "none")}, "Docker engine at tcp:.*there is no ca.pem"),
         ({"DOCKER_HOST": secure["DOCKER_HOST"]}, "the Docker engine at tcp://localhost"),
     ):
         with pytest.raises(StartFailed, match=text):

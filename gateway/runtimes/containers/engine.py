@@ -42,6 +42,7 @@ MAX_LINE: Final = 1024 * 1024
 MAX_REASON: Final = 600
 """Characters of an engine's explanation that are passed on."""
 CHUNK: Final = 64 * 1024
+UNKNOWN_CLIENT: Final = "it wants another client certificate (cert.pem, key.pem), or one at all"
 
 
 class EngineGone(StartFailed):
@@ -192,7 +193,7 @@ class Engine:
         self.prefix = ""
         self._secure = address.certificates is not None
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=None if address.certificates is None else _tls(address.certificates),
+            ssl_context=None if address.certificates is None else _tls(address.certificates, self.name),
             max_connections=None,  # a hijacked or endless answer holds its connection
             max_keepalive_connections=4,
             keepalive_expiry=30.0,
@@ -216,7 +217,13 @@ class Engine:
 
     async def negotiate(self) -> None:
         """Ask who it is, and choose the API version to speak. Raises EngineGone, StartFailed."""
-        found = await self.ask("GET", "/version", limit=CONNECT_LIMIT)
+        try:
+            found = await self.ask("GET", "/version", limit=CONNECT_LIMIT)
+        except EngineGone as gone:
+            if not self._secure or "broke off" not in gone.message:
+                raise
+            # TLS 1.3 refuses a client after its handshake, and the alert may be lost to our request.
+            raise EngineGone(f"{gone.message} after the TLS handshake: perhaps {UNKNOWN_CLIENT}") from gone
         if not isinstance(found, dict) or "ApiVersion" not in found:
             raise EngineGone(f"what answers at {self.where} is no container engine")
         components = found.get("Components") or ()
@@ -464,29 +471,49 @@ def _reason(error: BaseException) -> str:
     deepest: OSError | None = None
     while at is not None:
         if isinstance(at, ssl.SSLError):
-            verdict = at.verify_message if isinstance(at, ssl.SSLCertVerificationError) else at.reason
-            return f"can't be reached: TLS failed: {verdict or 'broken handshake'}"
+            return f"can't be reached: TLS failed: {_verdict(at)}"
         if isinstance(at, OSError):
             deepest = at
-        at = at.__cause__ or at.__context__
+        at = at.exceptions[-1] if isinstance(at, BaseExceptionGroup) else at.__cause__ or at.__context__
     if deepest is not None:
-        text = (os.strerror(deepest.errno) if deepest.errno and deepest.errno > 0 else str(deepest)).lower()
+        number = deepest.errno or 0
+        text = (os.strerror(number) if number > 0 else deepest.strerror or str(deepest)).lower()
         if isinstance(deepest, PermissionError):
             text += "; may the gateway's user use it (group docker)?"
         return f"can't be reached: {text}" if connecting else f"broke off: {text}"
     return "can't be reached" if connecting else "broke off"
 
 
-def _tls(folder: str) -> ssl.SSLContext:
-    """The context of a folder with ca.pem, cert.pem and key.pem, as Docker's client has it. Raises StartFailed."""
+def _verdict(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_message:
+        return error.verify_message
+    reason = error.reason or "broken handshake"
+    if "_ALERT_" in reason and ("CERTIFICATE" in reason or reason.endswith("_UNKNOWN_CA")):
+        return f"{UNKNOWN_CLIENT} ({reason})"
+    return "what listens there speaks no TLS" if reason == "WRONG_VERSION_NUMBER" else reason
+
+
+def _tls(folder: str, name: str) -> ssl.SSLContext:
+    """The context of a folder with ca.pem, cert.pem and key.pem, as Docker's client has it. Raises StartFailed.
+
+    As with that, cert.pem and key.pem may both be missing: an engine may trust everybody.
+    """
+    ca, cert, key = (os.path.join(folder, each) for each in ("ca.pem", "cert.pem", "key.pem"))
+    shown = any(map(os.path.lexists, (cert, key)))
+    needed = (ca, cert, key) if shown else (ca,)
+    missing = [os.path.basename(path) for path in needed if not os.path.lexists(path)]
+    reason = f"there is no {' and no '.join(missing)}"
     try:
-        context = ssl.create_default_context(cafile=os.path.join(folder, "ca.pem"))
-        context.load_cert_chain(os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem"))
+        if not missing:
+            context = ssl.create_default_context(cafile=ca)
+            # Python 3.13 and later are strict, and refuse what the commands in Docker's documentation make.
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+            if shown:
+                context.load_cert_chain(cert, key, password="")  # or it asks at the terminal
+            return context
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        message = f"the certificates for the engine in {folder!r} (ca.pem, cert.pem, key.pem) can't be used: {reason}"
-        raise StartFailed(message) from error
-    return context
+    raise StartFailed(f"the certificates for {name} in {folder!r} (ca.pem, cert.pem, key.pem) can't be used: {reason}")
 
 
 def _carried(output: Any, input: Any, nursery: trio.Nursery) -> Hijacked:
