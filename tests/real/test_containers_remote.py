@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import socket
@@ -182,6 +183,45 @@ async def test_K17_strict_pythons_take_the_certificates_of_dockers_documentation
     monkeypatch.setattr(ssl, "create_default_context", strict)
     async with find_engine("docker", "", remote.variables()) as found:
         assert found.where == remote.address
+
+
+def make_context(config: Path, name: str, host: str, certificates: Path | None) -> None:
+    """What ``docker context create`` and ``docker context use`` leave."""
+    id = hashlib.sha256(name.encode()).hexdigest()
+    meta = config / "contexts" / "meta" / id
+    meta.mkdir(parents=True)
+    said = {"Name": name, "Metadata": {}, "Endpoints": {"docker": {"Host": host, "SkipTLSVerify": False}}}
+    (meta / "meta.json").write_text(json.dumps(said))
+    if certificates is not None:
+        shutil.copytree(certificates, config / "contexts" / "tls" / id / "docker")
+    (config / "config.json").write_text(json.dumps({"auths": {}, "currentContext": name}))
+
+
+def test_K17_RB62_a_docker_context_with_certificates_of_its_own(remote: Remote, tmp_path: Path) -> None:
+    config = tmp_path / "docker"
+    make_context(config, "far", remote.address, remote.folder)
+    variables = {"DOCKER_CONFIG": str(config), "DOCKER_HOST": "", "DOCKER_TLS_VERIFY": "", "DOCKER_CONTEXT": ""}
+    entries = [remote.entry("box")]
+    first = RunningGateway(tmp_path, entries, env=variables)
+    assert first.call("box", "echo", {"text": "x"}) == "x"
+    first.kill()
+    assert remote.engine.containers()
+    with RunningGateway(tmp_path, entries, env=variables) as second:
+        wait_until(lambda: not remote.engine.containers(), SLOW)
+        second.wait_for_line("which a killed gateway has left")
+    with RunningGateway(tmp_path, entries, env={**variables, "DOCKER_CONTEXT": "lost"}) as gateway:
+        assert "docker context 'lost' can't be used: " in failing(gateway, "box"), "and no other engine is taken"
+
+
+def test_K17_an_address_that_needs_ssh_says_what_to_do(remote: Remote, tmp_path: Path) -> None:
+    config = tmp_path / "docker"
+    make_context(config, "shell", "ssh://ada@engine.example.com", None)
+    variables = {"DOCKER_CONFIG": str(config), "DOCKER_HOST": "", "CONTAINER_HOST": "ssh://ada@x/run/podman.sock"}
+    entries = [remote.entry("box"), remote.entry("pod", runtime={"type": "podman"})]
+    entries.append(remote.entry("own", runtime={"host": "ssh://ada@engine.example.com"}))
+    with RunningGateway(tmp_path, entries, env=variables) as gateway:
+        for id, source in (("box", "docker context 'shell'"), ("pod", "CONTAINER_HOST"), ("own", "host")):
+            assert f"{source} ssh:// is not supported; forward the engine's socket (ssh -L)" in failing(gateway, id)
 
 
 # ----------------------------------------------------------------------------------------------------------------- HTTP

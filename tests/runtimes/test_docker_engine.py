@@ -606,8 +606,16 @@ async def test_D7_the_chosen_docker_context_is_used(fake: FakeEngine, tmp_path: 
     async with find_engine("docker", "", environ) as engine:
         assert engine.where == f"unix://{fake.path}"
     (tmp_path / "docker" / "config.json").write_text('{"currentContext": "../../x"}')
-    with pytest.raises(EngineGone, match="no Docker engine can be reached"):
+    with pytest.raises(StartFailed, match=r"docker context '\.\./\.\./x' can't be used: .*no such file or directory"):
         async with find_engine("docker", "", {**environ, "DOCKER_CONTEXT": ""}):
+            pass
+    (folder / "meta.json").write_text('{"Endpoints": []}')
+    with pytest.raises(StartFailed, match="docker context 'desk' can't be used"):
+        async with find_engine("docker", "", {**environ, "DOCKER_CONTEXT": "desk"}):
+            pass
+    (tmp_path / "docker" / "config.json").write_text('["no object"]')
+    with pytest.raises(EngineGone, match="no Docker engine can be reached"):
+        async with find_engine("docker", "", environ):
             pass
 
 

@@ -75,8 +75,11 @@ class Address:
         return bool(self.path) or self.host in ("localhost", "127.0.0.1", "::1")
 
 
-def parse_address(text: str, environ: Mapping[str, str]) -> Address:
-    """An address as DOCKER_HOST holds it. Raises ValueError with a sentence that fits behind the variable's name."""
+def parse_address(text: str, environ: Mapping[str, str], certificates: str | None = None) -> Address:
+    """An address as DOCKER_HOST holds it. ``certificates``: a folder of its own for TLS, whatever the environment says.
+
+    Raises ValueError with a sentence that fits behind the variable's name.
+    """
     scheme, separator, rest = text.partition("://")
     if scheme == "unix" and separator:
         path = "/" + rest.lstrip("/")
@@ -94,8 +97,9 @@ def parse_address(text: str, environ: Mapping[str, str]) -> Address:
         raise ValueError(f"can't be read: {error}") from None
     if not host or "@" in url.netloc or url.path.strip("/") or url.query:
         raise ValueError("must be tcp://HOST:PORT")
-    secure = scheme == "https" or (scheme == "tcp" and environ.get("DOCKER_TLS_VERIFY", "") != "")
-    folder = environ.get("DOCKER_CERT_PATH") or docker_folder(environ) if secure else None
+    secure = certificates is not None or scheme == "https"
+    secure = secure or (scheme == "tcp" and environ.get("DOCKER_TLS_VERIFY", "") != "")
+    folder = certificates or environ.get("DOCKER_CERT_PATH") or docker_folder(environ) if secure else None
     port = port or (2376 if secure else 2375)
     shown = f"[{host}]" if ":" in host else host
     return Address(f"{scheme}://{shown}:{port}", "", host, port, folder)
@@ -106,21 +110,43 @@ def docker_folder(environ: Mapping[str, str]) -> str:
     return environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/"), ".docker")
 
 
-def _context(environ: Mapping[str, str]) -> tuple[str, str]:
-    """The address and name of the chosen Docker context (Docker Desktop and others name theirs so); "" for none."""
+@attrs.frozen
+class _Context:
+    """A Docker context (Docker Desktop and others name their engine so): its address, and its folder for TLS."""
+
+    name: str = ""
+    host: str = ""
+    certificates: str | None = None
+
+    @property
+    def address(self) -> Address:
+        """Raises ValueError like ``parse_address``."""
+        return parse_address(self.host, {}, self.certificates)
+
+
+def _context(environ: Mapping[str, str]) -> _Context:
+    """The chosen context, an empty one for none. Raises ValueError with a sentence when it can't be read."""
     folder = docker_folder(environ)
     name = environ.get("DOCKER_CONTEXT", "")
-    try:
-        if not name:
+    if not name:
+        try:
             with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-                name = json.loads(file.read(MAX_LINE)).get("currentContext") or ""
-        if not name or name == "default":
-            return "", ""
-        meta = os.path.join(folder, "contexts", "meta", hashlib.sha256(name.encode()).hexdigest(), "meta.json")
+                name = str(json.loads(file.read(MAX_LINE)).get("currentContext") or "")
+        except (OSError, ValueError, AttributeError):
+            pass  # there is none
+    if not name or name == "default":
+        return _Context()
+    id = hashlib.sha256(name.encode()).hexdigest()
+    meta = os.path.join(folder, "contexts", "meta", id, "meta.json")
+    certificates = os.path.join(folder, "contexts", "tls", id, "docker")
+    try:
         with open(meta, encoding="utf-8") as file:
-            return str(json.loads(file.read(MAX_LINE))["Endpoints"]["docker"]["Host"]), name
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return "", ""
+            found = json.loads(file.read(MAX_LINE))["Endpoints"]["docker"]
+        secure = os.path.isdir(certificates) or found.get("SkipTLSVerify")
+        return _Context(name, str(found["Host"]), certificates if secure else None)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it is no such file"
+        raise ValueError(f"docker context {name!r} can't be used: {meta}: {reason}") from None
 
 
 def _usual(type: str, environ: Mapping[str, str]) -> list[str]:
@@ -148,13 +174,22 @@ def _candidates(type: str, host: str, environ: Mapping[str, str]) -> tuple[list[
     """
     variable = "CONTAINER_HOST" if type == "podman" else "DOCKER_HOST"
     text, source = (host, "host") if host else (environ.get(variable, ""), variable)
-    if not text and type == "docker":
-        text, name = _context(environ)
-        source = f"docker context '{name}'"
+    context = _Context()
+    if type == "docker":
+        try:
+            context = _context(environ)
+        except ValueError as error:
+            if not text:
+                raise StartFailed(str(error)) from None
     if not text:
+        source = f"docker context {context.name!r}"
+    if not (text or context.host):
         return [Address(f"unix://{path}", path) for path in _usual(type, environ)], ""
     try:
-        return [parse_address(text, environ)], source
+        address = parse_address(text, environ) if text else context.address
+        if text and address.certificates is None and context.certificates and address.where == context.address.where:
+            address = context.address  # a later gateway, which sweeps there, knows the address only
+        return [address], source
     except ValueError as error:
         raise StartFailed(f"{source} {error}") from None
 
@@ -162,9 +197,11 @@ def _candidates(type: str, host: str, environ: Mapping[str, str]) -> tuple[list[
 def sockets_of(environ: Mapping[str, str]) -> list[str]:
     """Every unix socket at which an engine of either kind may listen for this gateway: none may be mounted."""
     found = [*_usual("docker", environ), *_usual("podman", environ)]
-    for text in (environ.get("DOCKER_HOST", ""), environ.get("CONTAINER_HOST", ""), _context(environ)[0]):
+    for text in (environ.get("DOCKER_HOST", ""), environ.get("CONTAINER_HOST", "")):
         with suppress(ValueError):
             found.append(parse_address(text, environ).path)
+    with suppress(ValueError):
+        found.append(_context(environ).address.path)
     return [path for path in found if path]
 
 
