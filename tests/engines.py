@@ -30,6 +30,13 @@ compat_api_enforce_docker_hub=false
 [containers]
 default_ulimits=["nofile=1024:1024","nproc=1024:1024"]
 """
+REGISTRIES_CONF = """\
+unqualified-search-registries = ["docker.io"]
+[[registry]]
+location = "127.0.0.1"
+insecure = true
+"""
+"""As Docker does by itself: what listens on this machine, at any port, needs no TLS."""
 
 
 def _image_module() -> ModuleType:
@@ -135,11 +142,13 @@ class PodmanEngine(Engine):
     def __init__(self) -> None:
         self.folder = folder = Path(tempfile.mkdtemp(prefix="pod.", dir="/tmp"))
         (folder / "containers.conf").write_text(PODMAN_CONF)
+        (folder / "registries.conf").write_text(REGISTRIES_CONF)
+        files = {"CONTAINERS_CONF": "containers.conf", "CONTAINERS_REGISTRIES_CONF": "registries.conf"}
         self.socket = folder / "p.sock"
         command = ["podman", "--root", f"{folder}/r", "--runroot", f"{folder}/rr", "system", "service", "-t", "0"]
         self.process = subprocess.Popen(
             [*command, f"unix://{self.socket}"],
-            env={**os.environ, "CONTAINERS_CONF": str(folder / "containers.conf")},
+            env={**os.environ, **{name: str(folder / file) for name, file in files.items()}},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
