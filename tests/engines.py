@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -145,10 +146,16 @@ class PodmanEngine(Engine):
         (folder / "registries.conf").write_text(REGISTRIES_CONF)
         files = {"CONTAINERS_CONF": "containers.conf", "CONTAINERS_REGISTRIES_CONF": "registries.conf"}
         self.socket = folder / "p.sock"
+        self.variables = {**os.environ, **{name: str(folder / file) for name, file in files.items()}}
+        self.process = self._serve(f"unix://{self.socket}", self.socket.exists)
+        super().__init__("podman", f"unix://{self.socket}")
+
+    def _serve(self, address: str, ready: Callable[[], bool]) -> subprocess.Popen[bytes]:
+        folder = self.folder
         command = ["podman", "--root", f"{folder}/r", "--runroot", f"{folder}/rr", "system", "service", "-t", "0"]
-        self.process = subprocess.Popen(
-            [*command, f"unix://{self.socket}"],
-            env={**os.environ, **{name: str(folder / file) for name, file in files.items()}},
+        process = subprocess.Popen(
+            [*command, address],
+            env=self.variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -156,10 +163,27 @@ class PodmanEngine(Engine):
             start_new_session=True,
         )
         until = time.monotonic() + 60
-        while not self.socket.exists():
-            assert self.process.poll() is None and time.monotonic() < until, "podman did not start"
+        while not ready():
+            assert process.poll() is None and time.monotonic() < until, "podman did not start"
             time.sleep(0.05)
-        super().__init__("podman", f"unix://{self.socket}")
+        return process
+
+    @contextmanager
+    def at_port(self, host: str) -> Iterator[str]:
+        """The same engine at a port of that address, too."""
+        with socket.create_server((host, 0)) as listening:
+            port = listening.getsockname()[1]
+
+        def ready() -> bool:
+            with socket.socket() as one:
+                return one.connect_ex((host, port)) == 0
+
+        process = self._serve(f"tcp://{host}:{port}", ready)
+        try:
+            yield f"tcp://{host}:{port}"
+        finally:
+            process.terminate()
+            process.wait(30)
 
     def close(self) -> None:
         """End it and remove all of it."""

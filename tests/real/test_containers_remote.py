@@ -16,10 +16,14 @@ from urllib.parse import quote
 
 import pytest
 from actors import wait_until
-from engines import IMAGE, DockerEngine, Engine
+from engines import IMAGE, DockerEngine, Engine, PodmanEngine
 from running import RunningGateway
 
+from gateway.errors import StartFailed
+from gateway.runtimes.base import Surroundings
+from gateway.runtimes.containers import plan
 from gateway.runtimes.containers.engine import find_engine
+from gateway.runtimes.docker import RUNTIME, DockerSpec
 
 pytestmark = pytest.mark.real
 
@@ -246,3 +250,52 @@ def test_K17_D1_a_port_is_reached_at_the_engines_own_address(remote: Remote, tmp
         (shown,) = gateway.json("GET", "/servers/host")["instances"]
         assert shown["url"] == f"http://{HOST}:{free}/mcp"
     assert not remote.engine.containers()
+
+
+async def test_K17_RB61_an_engine_that_does_not_have_the_address_by_which_it_is_reached(
+    remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind a translated address: nothing is published where nobody asked for it."""
+
+    async def elsewhere(engine: Any) -> str:
+        return "203.0.113.1"
+
+    monkeypatch.setattr(plan, "_address_of", elsewhere)
+    spec = DockerSpec(IMAGE, args=("/app/peer_server.py", "--http", "8080"), pull="never", port=8080)
+    around = Surroundings("web", {}, stop_grace=1.0, environ=remote.variables())
+    assert RUNTIME.open is not None
+    with pytest.raises(StartFailed) as caught:
+        async with RUNTIME.open(spec, around):
+            pass
+    text = caught.value.message
+    assert "cannot assign requested address (the engine's machine does not have 203.0.113.1" in text, text
+    assert "network: host" in text
+    assert not remote.engine.containers()
+
+
+def test_K17_K23_podman_at_an_address_and_at_the_users_own_socket(
+    engine_named: Callable[[str], Engine], tmp_path: Path
+) -> None:
+    podman = engine_named("podman")
+    assert isinstance(podman, PodmanEngine)
+    args = ("/app/anywhere.py", "/app/peer_server.py", "--era", "modern", "--http", "8080")
+    keys = {"type": "podman", "image": IMAGE, "pull": "never"}
+    entries: list[dict[str, Any]] = [
+        {"id": "box", "runtime": keys},
+        {"id": "web", "runtime": {**keys, "args": args, "port": 8080}},
+    ]
+    with podman.at_port(HOST) as address:
+        with RunningGateway(tmp_path, entries, env={"CONTAINER_HOST": address}) as gateway:
+            assert gateway.call("box", "big", {"bytes": 5_000_000}) == "x" * 5_000_000
+            assert gateway.rest("web", "tools/list")["result"]["tools"]
+            (shown,) = gateway.json("GET", "/servers/web")["instances"]
+            assert shown["url"].startswith(f"http://{HOST}:") and shown["engine"] == address
+        assert not podman.containers()
+    own = tmp_path / "run" / "podman" / "podman.sock"
+    own.parent.mkdir(parents=True)
+    own.symlink_to(podman.socket)
+    variables = {"CONTAINER_HOST": "", "XDG_RUNTIME_DIR": str(tmp_path / "run")}
+    with RunningGateway(tmp_path, entries[:1], env=variables) as gateway:
+        assert gateway.call("box", "echo", {"text": "mine"}) == "mine"
+        assert gateway.json("GET", "/servers/box")["instances"][0]["engine"] == f"unix://{own}"
+    assert not podman.containers()

@@ -167,6 +167,7 @@ class Container:
     def __init__(self, engine: Engine, id: str, plan: Plan, surroundings: Surroundings) -> None:
         self.id = id
         self.port = plan.port
+        self._publish_at = plan.publish_at
         self._engine = engine
         self._path = f"/containers/{id}"
         self._details: dict[str, Any] = {
@@ -297,6 +298,9 @@ class Container:
             hint = ""
             if "exec format error" in refused.reason:
                 hint = " (the image is for another platform)"
+            elif "cannot assign requested address" in refused.reason:
+                hint = f" (the engine's machine does not have {self._publish_at}, at which the engine is reached; "
+                hint += "with network: host nothing need be published)"
             raise StartFailed(f"container can't be started: {refused.reason}{hint}") from refused
         self.started = True
 
