@@ -197,6 +197,57 @@ class PodmanEngine(Engine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class RootlessPodman(Engine):
+    """Podman of a user without rights, who has no other ids to give away: containers run as root there, or not at all.
+
+    ``runtime`` is that user's XDG_RUNTIME_DIR.
+    """
+
+    def __init__(self) -> None:
+        if Path("/sys/fs/cgroup/cgroup.controllers").exists():
+            pytest.skip("with cgroups v2 a user needs a session of systemd's")
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="rls.", dir="/tmp"))
+        self.runtime = folder / "run"
+        socket = self.runtime / "podman" / "podman.sock"
+        socket.parent.mkdir(parents=True)
+        (folder / "containers.conf").write_text(PODMAN_CONF)
+        storage = '[storage]\ndriver="vfs"\n[storage.options.vfs]\nignore_chown_errors="true"\n'
+        (folder / "storage.conf").write_text(storage)
+        for path in (folder, *folder.rglob("*")):
+            shutil.chown(path, "nobody")
+        variables = {"HOME": str(folder), "XDG_RUNTIME_DIR": str(self.runtime), "PATH": os.environ["PATH"]}
+        variables["CONTAINERS_CONF"] = f"{folder}/containers.conf"
+        variables["CONTAINERS_STORAGE_CONF"] = f"{folder}/storage.conf"
+        self.process = subprocess.Popen(
+            ["podman", "system", "service", "-t", "0", f"unix://{socket}"],
+            env=variables,
+            user="nobody",
+            group="nogroup",
+            extra_groups=[],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            start_new_session=True,
+        )
+        until = time.monotonic() + 60
+        while not socket.exists():
+            assert self.process.poll() is None and time.monotonic() < until, "podman did not start"
+            time.sleep(0.05)
+        super().__init__("podman", f"unix://{socket}")
+
+    def close(self) -> None:
+        """End it, and the process that holds its namespace, and remove all of it."""
+        for container in self.api("GET", "/containers/json?all=1"):
+            self.api("DELETE", f"/containers/{container['Id']}?force=1&v=1")
+        self.process.terminate()
+        self.process.wait(30)
+        for file in self.runtime.rglob("pause.pid"):
+            with suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 def open_engine(name: str, part: Callable[[str], Path]) -> DockerEngine | PodmanEngine:
     """An engine by the name of its release; skips, or fails, where it is not installed (see tests/conftest.py)."""
     part("engines/docker")

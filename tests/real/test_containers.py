@@ -304,6 +304,7 @@ reply(json.dumps(found))
 
         text = failing(gateway, "tight", "act", code="kept['x'] = bytearray(b'1') * (200 << 20); reply()")
         assert "ut of memory (limit 64 MiB)" in text, text
+        assert "does not limit" not in "".join(gateway.lines)
 
 
 # ---------------------------------------------------------------------------------------------- D6: what is not allowed

@@ -1,4 +1,4 @@
-"""Rows K17, K23, D3, D6: engines at a distance, over TLS with certificates on both sides, and what finds them."""
+"""Rows K17, K23, D3: engines at a distance, over TLS with certificates on both sides, and how engines are found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 from actors import wait_until
-from engines import IMAGE, DockerEngine, Engine, PodmanEngine
+from engines import IMAGE, DockerEngine, Engine, PodmanEngine, RootlessPodman
 from running import RunningGateway
 
 from gateway.errors import StartFailed
@@ -299,3 +299,30 @@ def test_K17_K23_podman_at_an_address_and_at_the_users_own_socket(
         assert gateway.call("box", "echo", {"text": "mine"}) == "mine"
         assert gateway.json("GET", "/servers/box")["instances"][0]["engine"] == f"unix://{own}"
     assert not podman.containers()
+
+
+def test_K23_RB65_rootless_podman_is_found_and_tells_what_it_does_not_limit(
+    engine_named: Callable[[str], Engine], tmp_path: Path
+) -> None:
+    engine_named("podman")  # skips where there is none
+    podman = RootlessPodman()
+    try:
+        keys = {"type": "podman", "image": IMAGE, "pull": "never", "user": 0}
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            free = listening.getsockname()[1]
+        args = ["/app/peer_server.py", "--era", "modern", "--http", str(free)]
+        entries = [
+            {"id": "box", "runtime": {**keys, "network": "none"}},
+            {"id": "web", "runtime": {**keys, "network": "host", "port": free, "args": args}},
+        ]
+        variables = {"CONTAINER_HOST": "", "XDG_RUNTIME_DIR": str(podman.runtime)}
+        with RunningGateway(tmp_path, entries, env=variables) as gateway:
+            assert gateway.call("box", "big", {"bytes": 5_000_000}) == "x" * 5_000_000
+            assert gateway.rest("web", "tools/list")["result"]["tools"]
+            (shown,) = gateway.json("GET", "/servers/box")["instances"]
+            assert shown["engine"] == podman.host
+            line = gateway.wait_for_line("does not limit")
+            assert "WARN" in line and f"{podman.host} does not limit its memory, CPU and processes" in line
+        assert not podman.containers()
+    finally:
+        podman.close()
