@@ -124,6 +124,9 @@ def test_K17_D3_streams_over_tls(remote: Remote, tmp_path: Path) -> None:
         assert gateway.call("box", "echo", {"text": "far away"}) == "far away"
         (shown,) = gateway.json("GET", "/servers/box")["instances"]
         assert shown["engine"] == remote.address and shown["memory_bytes"] > 0
+        command = ["ss", "-tnoH", "dst", remote.address.removeprefix("tcp://")]
+        connections = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        assert connections and all("timer:(keepalive" in each for each in connections), "an engine may vanish silently"
         assert gateway.call("box", "big", {"bytes": 5_000_000}) == "x" * 5_000_000
         assert gateway.call("box", "echo", {"text": "é" * 400_000}) == "é" * 400_000
         assert gateway.call("box", "stderr", {"lines": 20_000, "text": "noise " * 20})

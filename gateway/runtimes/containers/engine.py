@@ -25,6 +25,7 @@ import httpcore
 import trio
 
 from gateway.errors import StartFailed
+from gateway.runtimes._keepalive import keepalive
 
 __all__ = ["Address", "Engine", "EngineGone", "EngineRefused", "Hijacked", "find_engine", "parse_address", "sockets_of"]
 
@@ -236,6 +237,7 @@ class Engine:
             keepalive_expiry=30.0,
             http2=False,
             uds=address.path or None,
+            socket_options=None if address.path else keepalive(),
             network_backend=httpcore.TrioBackend(),
         )
 
