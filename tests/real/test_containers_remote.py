@@ -255,6 +255,18 @@ def test_K17_D1_a_port_is_reached_at_the_engines_own_address(remote: Remote, tmp
     assert not remote.engine.containers()
 
 
+def test_K17_RB60_an_engine_behind_tls_that_is_killed_and_comes_back(remote: Remote, tmp_path: Path) -> None:
+    with RunningGateway(tmp_path, [remote.entry("box")], env=remote.variables()) as gateway:
+        assert gateway.call("box", "echo", {"text": "x"}) == "x"
+        remote.engine.kill()
+        wait_until(lambda: gateway.json("GET", "/servers/box")["status"] != "running", 3.5)
+        gateway.wait_for_line(f"the Docker engine at {remote.address} went away")
+        remote.engine.start()
+        assert gateway.call("box", "echo", {"text": "again"}) == "again"
+        wait_until(lambda: len(remote.engine.containers()) == 1, SLOW)
+    assert not remote.engine.containers()
+
+
 async def test_K17_RB61_an_engine_that_does_not_have_the_address_by_which_it_is_reached(
     remote: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +284,7 @@ async def test_K17_RB61_an_engine_that_does_not_have_the_address_by_which_it_is_
             pass
     text = caught.value.message
     assert "cannot assign requested address (the engine's machine does not have 203.0.113.1" in text, text
-    assert "network: host" in text
+    assert "with network: host, or a network that the gateway is on, nothing need be published" in text
     assert not remote.engine.containers()
 
 

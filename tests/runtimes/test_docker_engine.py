@@ -331,6 +331,11 @@ async def test_D7_an_engine_that_hangs(fake: FakeEngine, monkeypatch: pytest.Mon
         ("/containers/c0ffee/attach", (200, b"x"), "does not hand over the container's streams"),
         ("/containers/c0ffee/start", (400, {"message": 'exec: "x": not found'}), "container can't be started: exec"),
         ("/containers/c0ffee/start", (500, {"message": "exec format error"}), "(the image is for another platform)"),
+        (
+            "/containers/c0ffee/start",
+            (500, {"message": "crun: the requested cgroup controller `cpu` is not available: OCI runtime error"}),
+            "Delegate=cpu memory pids",
+        ),
         ("/containers/c0ffee/start", cut, "broke off"),
     ],
 )
@@ -341,6 +346,24 @@ async def test_RB61_a_step_that_fails_is_named_and_leaves_nothing(
     assert text in await refused(fake)
     removed = ("DELETE", "/v1.45/containers/c0ffee?force=1&v=1") in fake.asked
     assert removed == (step != "/containers/create")
+
+
+async def test_RB65_limits_that_an_engine_does_not_apply_are_told(
+    fake: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    applied = {"Memory": 1 << 30, "NanoCpus": 10**9, "PidsLimit": 256}
+    ignored = (({}, None), ({"PidsLimit": None}, "its processes"), ({"Memory": 0, "NanoCpus": 0}, "its memory and CPU"))
+    for host, text in ignored:
+        caplog.clear()
+        fake.answers["GET", "/containers/c0ffee/json"] = (200, {**INSPECTED, "HostConfig": {**applied, **host}})
+        async with opened(fake), trio.open_nursery() as nursery:
+            while ("GET", "/v1.45/images/sha256:i/json") not in fake.asked:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        told = [each.getMessage() for each in caplog.records if "does not limit" in each.getMessage()]
+        assert bool(told) is (text is not None) and all(each.endswith(f"does not limit {text}") for each in told)
+        fake.asked.clear()
+        fake.exited = trio.Event()
 
 
 async def test_RB61_secrets_are_never_quoted(fake: FakeEngine, tmp_path: Path) -> None:

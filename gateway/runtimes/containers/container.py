@@ -304,7 +304,7 @@ class Container:
                 hint = " (systemd must let the engine's user limit it: Delegate=cpu memory pids for user@.service)"
             elif "cannot assign requested address" in refused.reason:
                 hint = f" (the engine's machine does not have {self._plan.publish_at}, at which the engine is reached; "
-                hint += "with network: host nothing need be published)"
+                hint += "with network: host, or a network that the gateway is on, nothing need be published)"
             raise StartFailed(f"container can't be started: {refused.reason}{hint}") from refused
         self.started = True
 
