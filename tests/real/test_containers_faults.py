@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import os
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,37 @@ def test_K17_K23_RB61_pulls_that_fail_say_why(puller: Engine, registry: Registry
     assert "the registry can't be reached" in told["nobody"][1]
     assert puller.type != "podman" or "the registry speaks no TLS" in told["plain"][1]
     assert "pull is never" in told["never"][1]
+
+
+def test_K17_K23_images_by_digest_platform_and_always_anew(
+    puller: Engine, registry: Registry, tmp_path: Path
+) -> None:
+    image = registry.add("acme/box:1")
+    with urllib.request.urlopen(f"http://{registry.host}/v2/acme/box/manifests/1", timeout=10) as reply:
+        digest = reply.headers["Docker-Content-Digest"]
+    entries = [
+        pulled(puller, "digest", f"{registry.host}/acme/box@{digest}"),
+        pulled(puller, "always", image, runtime={"pull": "always", "platform": "linux/amd64"}),
+    ]
+
+    def image_of(id: str) -> str:
+        assert post(gateway, id, "hello") == (200, "hello from a pulled image")
+        shown: dict[str, Any] = {}
+        while "image_digest" not in shown:  # learnt a moment after the start
+            (shown,) = gateway.json("GET", f"/servers/{id}")["instances"]
+        gateway.json("POST", f"/servers/{id}/stop")
+        return str(shown["image_id"])
+
+    with RunningGateway(tmp_path, entries) as gateway:
+        first = image_of("digest")
+        assert image_of("always") == first
+        registry.add("acme/box:1", random=1000)
+        gateway.json("POST", "/servers/always/start")
+        assert image_of("always") != first, "the tag has moved"
+        gateway.json("POST", "/servers/digest/start")
+        assert image_of("digest") == first
+    for found in {each["Id"] for each in puller.api("GET", "/images/json") if "acme" in str(each)}:
+        puller.api("DELETE", f"/images/{found}?force=1")
 
 
 HELPER = """#!/bin/sh
