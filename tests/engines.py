@@ -240,8 +240,10 @@ class RootlessPodman(Engine):
         """End it, and the process that holds its namespace, and remove all of it."""
         for container in self.api("GET", "/containers/json?all=1"):
             self.api("DELETE", f"/containers/{container['Id']}?force=1&v=1")
-        self.process.terminate()
+        os.killpg(self.process.pid, signal.SIGTERM)  # what serves is a child of it, in the user's namespace
         self.process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         for file in self.runtime.rglob("pause.pid"):
             with suppress(ProcessLookupError):
                 os.kill(int(file.read_text()), signal.SIGKILL)

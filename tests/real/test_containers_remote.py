@@ -210,8 +210,10 @@ def test_K17_RB62_a_docker_context_with_certificates_of_its_own(remote: Remote, 
     variables = {"DOCKER_CONFIG": str(config), "DOCKER_HOST": "", "DOCKER_TLS_VERIFY": "", "DOCKER_CONTEXT": ""}
     entries = [remote.entry("box")]
     first = RunningGateway(tmp_path, entries, env=variables)
-    assert first.call("box", "echo", {"text": "x"}) == "x"
-    first.kill()
+    try:
+        assert first.call("box", "echo", {"text": "x"}) == "x"
+    finally:
+        first.kill()
     assert remote.engine.containers()
     with RunningGateway(tmp_path, entries, env=variables) as second:
         wait_until(lambda: not remote.engine.containers(), SLOW)
