@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,13 @@ compat_api_enforce_docker_hub=false
 [containers]
 default_ulimits=["nofile=1024:1024","nproc=1024:1024"]
 """
+REGISTRIES_CONF = """\
+unqualified-search-registries = ["docker.io"]
+[[registry]]
+location = "127.0.0.1"
+insecure = true
+"""
+"""As Docker does by itself: what listens on this machine, at any port, needs no TLS."""
 
 
 def _image_module() -> ModuleType:
@@ -135,11 +143,19 @@ class PodmanEngine(Engine):
     def __init__(self) -> None:
         self.folder = folder = Path(tempfile.mkdtemp(prefix="pod.", dir="/tmp"))
         (folder / "containers.conf").write_text(PODMAN_CONF)
+        (folder / "registries.conf").write_text(REGISTRIES_CONF)
+        files = {"CONTAINERS_CONF": "containers.conf", "CONTAINERS_REGISTRIES_CONF": "registries.conf"}
         self.socket = folder / "p.sock"
+        self.variables = {**os.environ, **{name: str(folder / file) for name, file in files.items()}}
+        self.process = self._serve(f"unix://{self.socket}", self.socket.exists)
+        super().__init__("podman", f"unix://{self.socket}")
+
+    def _serve(self, address: str, ready: Callable[[], bool]) -> subprocess.Popen[bytes]:
+        folder = self.folder
         command = ["podman", "--root", f"{folder}/r", "--runroot", f"{folder}/rr", "system", "service", "-t", "0"]
-        self.process = subprocess.Popen(
-            [*command, f"unix://{self.socket}"],
-            env={**os.environ, "CONTAINERS_CONF": str(folder / "containers.conf")},
+        process = subprocess.Popen(
+            [*command, address],
+            env=self.variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -147,10 +163,27 @@ class PodmanEngine(Engine):
             start_new_session=True,
         )
         until = time.monotonic() + 60
-        while not self.socket.exists():
-            assert self.process.poll() is None and time.monotonic() < until, "podman did not start"
+        while not ready():
+            assert process.poll() is None and time.monotonic() < until, "podman did not start"
             time.sleep(0.05)
-        super().__init__("podman", f"unix://{self.socket}")
+        return process
+
+    @contextmanager
+    def at_port(self, host: str) -> Iterator[str]:
+        """The same engine at a port of that address, too."""
+        with socket.create_server((host, 0)) as listening:
+            port = listening.getsockname()[1]
+
+        def ready() -> bool:
+            with socket.socket() as one:
+                return one.connect_ex((host, port)) == 0
+
+        process = self._serve(f"tcp://{host}:{port}", ready)
+        try:
+            yield f"tcp://{host}:{port}"
+        finally:
+            process.terminate()
+            process.wait(30)
 
     def close(self) -> None:
         """End it and remove all of it."""
@@ -161,6 +194,59 @@ class PodmanEngine(Engine):
         mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
         for mount in sorted((m for m in mounts if m.startswith(f"{self.folder}/")), reverse=True):
             subprocess.run(["umount", "-l", mount], check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class RootlessPodman(Engine):
+    """Podman of a user without rights, who has no other ids to give away: containers run as root there, or not at all.
+
+    ``runtime`` is that user's XDG_RUNTIME_DIR.
+    """
+
+    def __init__(self) -> None:
+        if Path("/sys/fs/cgroup/cgroup.controllers").exists():
+            pytest.skip("with cgroups v2 a user needs a session of systemd's")
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="rls.", dir="/tmp"))
+        self.runtime = folder / "run"
+        socket = self.runtime / "podman" / "podman.sock"
+        socket.parent.mkdir(parents=True)
+        (folder / "containers.conf").write_text(PODMAN_CONF)
+        storage = '[storage]\ndriver="vfs"\n[storage.options.vfs]\nignore_chown_errors="true"\n'
+        (folder / "storage.conf").write_text(storage)
+        for path in (folder, *folder.rglob("*")):
+            shutil.chown(path, "nobody")
+        variables = {"HOME": str(folder), "XDG_RUNTIME_DIR": str(self.runtime), "PATH": os.environ["PATH"]}
+        variables["CONTAINERS_CONF"] = f"{folder}/containers.conf"
+        variables["CONTAINERS_STORAGE_CONF"] = f"{folder}/storage.conf"
+        self.process = subprocess.Popen(
+            ["podman", "system", "service", "-t", "0", f"unix://{socket}"],
+            env=variables,
+            user="nobody",
+            group="nogroup",
+            extra_groups=[],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            start_new_session=True,
+        )
+        until = time.monotonic() + 60
+        while not socket.exists():
+            assert self.process.poll() is None and time.monotonic() < until, "podman did not start"
+            time.sleep(0.05)
+        super().__init__("podman", f"unix://{socket}")
+
+    def close(self) -> None:
+        """End it, and the process that holds its namespace, and remove all of it."""
+        for container in self.api("GET", "/containers/json?all=1"):
+            self.api("DELETE", f"/containers/{container['Id']}?force=1&v=1")
+        os.killpg(self.process.pid, signal.SIGTERM)  # what serves is a child of it, in the user's namespace
+        self.process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for file in self.runtime.rglob("pause.pid"):
+            with suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -304,6 +304,7 @@ reply(json.dumps(found))
 
         text = failing(gateway, "tight", "act", code="kept['x'] = bytearray(b'1') * (200 << 20); reply()")
         assert "ut of memory (limit 64 MiB)" in text, text
+        assert "does not limit" not in "".join(gateway.lines)
 
 
 # ---------------------------------------------------------------------------------------------- D6: what is not allowed
@@ -375,6 +376,43 @@ def test_D6_K19_places_of_the_machine_are_refused_unless_named(docker: DockerEng
         text = failing(gateway, "fine", "act", code="reply()")
         assert "docker.allowed_paths names neither it nor a folder above it" in text
     assert no_containers(docker)
+
+
+def test_K19_K21_volumes_of_the_engine_and_an_env_file(engine: Engine, tmp_path: Path) -> None:
+    stamp = os.getpid()
+    made = {f"mcp-plain-{stamp}": {}, f"mcp-sly-{stamp}": {"type": "none", "o": "bind", "device": "/etc"}}
+    made[f"mcp-memory-{stamp}"] = {"type": "tmpfs", "device": "tmpfs"}
+    for name, options in made.items():
+        engine.api("POST", "/volumes/create", {"Name": name, "Driver": "local", "DriverOpts": options})
+    plain, sly, memory = made
+    fresh = f"mcp-fresh-{stamp}"
+    (tmp_path / "box.env").write_text("# ours\nCOLOUR=deep blue\nOWN=from the file\n")
+    keys = {"env_file": "box.env", "env": {"OWN": "from the entry"}, "user": 0, "working_dir": "/tmp"}
+    entries = [
+        actor(engine, "box", runtime={**keys, "volumes": [f"{plain}:/data", f"{fresh}:/fresh", f"{memory}:/memory"]}),
+        actor(engine, "reader", runtime={"volumes": [f"{plain}:/data:ro"]}),
+        actor(engine, "sly", runtime={"volumes": [f"{sly}:/x:ro"]}),
+        actor(engine, "lost", runtime={"env_file": "none.env"}),
+    ]
+    try:
+        with RunningGateway(tmp_path, entries) as gateway:
+            found = act(gateway, "box", "reply('|'.join([os.environ['COLOUR'], os.environ['OWN'], os.getcwd()]))")
+            assert found == "deep blue|from the entry|/tmp"
+            code = "[open(f'/{d}/f', 'w').write('kept') for d in ('data', 'fresh', 'memory')]; reply('done')"
+            assert act(gateway, "box", code) == "done"
+            gateway.json("POST", "/servers/box/stop")
+            wait_until(lambda: not of_server(engine, "box"), SLOW)
+            gateway.json("POST", "/servers/box/start")
+            assert act(gateway, "box", "reply(open('/data/f').read() + open('/fresh/f').read())") == "keptkept"
+            code = "import errno\ntry:\n open('/data/g', 'w')\nexcept OSError as e:\n reply(errno.errorcode[e.errno])"
+            assert act(gateway, "reader", code) == "EROFS"
+            text = failing(gateway, "sly", "act", code="reply()")
+            assert f"volume '{sly}' is /etc, which must not be mounted" in text, text
+            assert "none.env' can't be read: no such file" in failing(gateway, "lost", "act", code="reply()")
+        assert no_containers(engine)
+    finally:
+        for name in (*made, fresh):
+            engine.api("DELETE", f"/volumes/{name}?force=1")
 
 
 # ------------------------------------------------------------------------------------------------------ D7: no engine

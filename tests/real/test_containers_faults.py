@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import os
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,39 +172,78 @@ def registry() -> Iterator[Registry]:
 
 
 def pulled(engine: Engine, id: str, image: str, **more: Any) -> dict[str, Any]:
-    runtime = {"type": "docker", "image": image, "host": engine.host, **more.pop("runtime", {})}
+    runtime = {"type": engine.type, "image": image, "host": engine.host, **more.pop("runtime", {})}
     return {"id": id, "era": "legacy", "runtime": runtime, **more}
 
 
-def test_K17_RB61_an_image_is_pulled_with_progress(docker: Engine, registry: Registry, tmp_path: Path) -> None:
+@pytest.fixture(params=["20.10", "podman"])
+def puller(request: pytest.FixtureRequest, engine_named: Callable[[str], Engine]) -> Engine:
+    return engine_named(request.param)
+
+
+def test_K17_K23_RB61_an_image_is_pulled_with_progress(puller: Engine, registry: Registry, tmp_path: Path) -> None:
     registry.seconds = 6.0
     image = registry.add("acme/box:1", random=8_000_000)
-    with RunningGateway(tmp_path, [pulled(docker, "box", image, start_timeout_seconds=3)]) as gateway:
+    with RunningGateway(tmp_path, [pulled(puller, "box", image, start_timeout_seconds=3)]) as gateway:
         status, text = post(gateway, "box", "hello")
         assert (status, text) == (200, "hello from a pulled image"), "a pull that gets on outlasts the start timeout"
         lines = [line for line in gateway.lines if f"pulling image '{image}'" in line]
         assert any(" % of 8 MB" in line or " % of 9 MB" in line for line in gateway.lines), gateway.lines
         assert lines
-    docker.api("DELETE", f"/images/{image}?force=1")
+    puller.api("DELETE", f"/images/{image}?force=1")
 
 
-def test_K17_RB61_pulls_that_fail_say_why(docker: Engine, registry: Registry, tmp_path: Path) -> None:
+def test_K17_K23_RB61_pulls_that_fail_say_why(puller: Engine, registry: Registry, tmp_path: Path) -> None:
     registry.add("acme/far:1", architecture="s390x")
     registry.add("acme/box:1")
     host = registry.host
     entries = [
-        pulled(docker, "missing", f"{host}/acme/box:nope"),
-        pulled(docker, "platform", f"{host}/acme/far:1"),
-        pulled(docker, "nobody", "127.0.0.1:1/acme/box:1"),
-        pulled(docker, "never", f"{host}/acme/box:1", runtime={"pull": "never"}),
+        pulled(puller, "missing", f"{host}/acme/box:nope"),
+        pulled(puller, "platform", f"{host}/acme/far:1"),
+        pulled(puller, "nobody", "127.0.0.1:1/acme/box:1"),
+        pulled(puller, "never", f"{host}/acme/box:1", runtime={"pull": "never"}),
     ]
+    if puller.type == "podman":  # Docker takes any registry of its machine as it is
+        entries.append(pulled(puller, "plain", f"localhost:{host.partition(':')[2]}/acme/box:1"))
     with RunningGateway(tmp_path, entries) as gateway:
         told = {entry["id"]: post(gateway, entry["id"], "hello") for entry in entries}
     assert all(status == 502 for status, _ in told.values())
     assert f"image '{host}/acme/box:nope' can't be pulled: the registry has no such image or tag" in told["missing"][1]
     assert "it does not exist for this platform" in told["platform"][1]
     assert "the registry can't be reached" in told["nobody"][1]
+    assert puller.type != "podman" or "the registry speaks no TLS" in told["plain"][1]
     assert "pull is never" in told["never"][1]
+
+
+def test_K17_K23_images_by_digest_platform_and_always_anew(
+    puller: Engine, registry: Registry, tmp_path: Path
+) -> None:
+    image = registry.add("acme/box:1")
+    with urllib.request.urlopen(f"http://{registry.host}/v2/acme/box/manifests/1", timeout=10) as reply:
+        digest = reply.headers["Docker-Content-Digest"]
+    entries = [
+        pulled(puller, "digest", f"{registry.host}/acme/box@{digest}"),
+        pulled(puller, "always", image, runtime={"pull": "always", "platform": "linux/amd64"}),
+    ]
+
+    def image_of(id: str) -> str:
+        assert post(gateway, id, "hello") == (200, "hello from a pulled image")
+        shown: dict[str, Any] = {}
+        while "image_digest" not in shown:  # learnt a moment after the start
+            (shown,) = gateway.json("GET", f"/servers/{id}")["instances"]
+        gateway.json("POST", f"/servers/{id}/stop")
+        return str(shown["image_id"])
+
+    with RunningGateway(tmp_path, entries) as gateway:
+        first = image_of("digest")
+        assert image_of("always") == first
+        registry.add("acme/box:1", random=1000)
+        gateway.json("POST", "/servers/always/start")
+        assert image_of("always") != first, "the tag has moved"
+        gateway.json("POST", "/servers/digest/start")
+        assert image_of("digest") == first
+    for found in {each["Id"] for each in puller.api("GET", "/images/json") if "acme" in str(each)}:
+        puller.api("DELETE", f"/images/{found}?force=1")
 
 
 HELPER = """#!/bin/sh
@@ -213,30 +253,51 @@ printf '{{"ServerURL": "%s", "Username": "ada", "Secret": "lovelace-1815"}}' "$s
 """
 
 
-def test_K17_registry_credentials(docker: Engine, registry: Registry, tmp_path: Path) -> None:
+def test_K17_K23_registry_credentials(puller: Engine, registry: Registry, tmp_path: Path) -> None:
     registry.password = "lovelace-1815"
     image = registry.add("acme/private:1")
-    config = tmp_path / "docker-config"
-    config.mkdir()
-    entry = pulled(docker, "box", image)
-    variables = {"DOCKER_CONFIG": str(config), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    with RunningGateway(tmp_path, [entry], env=variables) as gateway:
-        status, text = post(gateway, "box", "hello")
-        assert status == 502 and "the registry refuses it without a login (docker login)" in text, text
-        auth = base64.b64encode(b"ada:lovelace-1815").decode()
-        (config / "config.json").write_text(json.dumps({"auths": {registry.host: {"auth": auth}}}))
-        gateway.json("POST", "/servers/box/start")
-        assert post(gateway, "box", "hello")[0] == 200
+    docker = tmp_path / "docker-config" / "config.json"
+    podman = tmp_path / "run" / "containers" / "auth.json"
+    for file in (docker, podman):
+        file.parent.mkdir(parents=True)
+    own = podman if puller.type == "podman" else docker
+    entry = pulled(puller, "box", image)
+    variables = {"DOCKER_CONFIG": str(docker.parent), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    variables |= {"XDG_RUNTIME_DIR": f"{tmp_path}/run", "XDG_CONFIG_HOME": f"{tmp_path}/xdg"}
+
+    def write(file: Path, password: str) -> None:
+        auth = base64.b64encode(f"ada:{password}".encode()).decode()
+        file.write_text(json.dumps({"auths": {registry.host: {"auth": auth}}}))
+
+    def again() -> tuple[int, str]:
+        """Start it anew, with the image pulled anew."""
+        status, _, data = gateway.http("POST", "/servers/box/start", timeout=60)
+        if status != 200:
+            return status, str(json.loads(data)["message"])
+        found = post(gateway, "box", "hello")
         gateway.json("POST", "/servers/box/stop")
-        docker.api("DELETE", f"/images/{image}?force=1")
+        puller.api("DELETE", f"/images/{image}?force=1")
+        return found
+
+    with RunningGateway(tmp_path, [entry], env=variables) as gateway:
+        for password in ("", "byron-1788"):
+            if password:
+                write(own, password)
+            status, text = again()
+            assert status != 200 and "the registry refuses it without a" in text, text
+            assert f"login ({puller.type} login)" in text, text
+        write(own, "lovelace-1815")
+        assert again() == (200, "hello from a pulled image")
+        own.unlink()
+        write(docker, "lovelace-1815")
+        assert again()[0] == 200, "Podman takes Docker's, too"
         helper = tmp_path / "docker-credential-test"
         helper.write_text(HELPER.format(host=registry.host))
         helper.chmod(0o755)
-        (config / "config.json").write_text(json.dumps({"credsStore": "test"}))
-        gateway.json("POST", "/servers/box/start")
-        assert post(gateway, "box", "hello")[0] == 200
+        docker.unlink()
+        own.write_text(json.dumps({"credsStore": "test"}))
+        assert again()[0] == 200
         assert "lovelace-1815" not in "".join(gateway.lines)
-    docker.api("DELETE", f"/images/{image}?force=1")
 
 
 def test_D4_RB61_no_space_for_a_pull(engine_named: Callable[[str], Engine], registry: Registry, tmp_path: Path) -> None:

@@ -484,7 +484,10 @@ def test_RB61_progress_of_a_pull() -> None:
         ("failed to register layer: write /x: no space left on device", "no space left"),
         ("dial tcp: lookup registry-1.docker.io: no such host", "can't be reached"),
         ("toomanyrequests: You have reached your pull rate limit", "rate limit"),
-        ("Head x: unauthorized: authentication required", "without a valid login"),
+        ("Head x: unauthorized: authentication required", "without a valid login (docker login)"),
+        ("Get x: http: server gave HTTP response to HTTPS client", "speaks no TLS"),
+        ("Get x: tls: first record does not look like a TLS handshake", "speaks no TLS"),
+        ("Get x: x509: certificate signed by unknown authority", "does not trust the registry's certificate"),
     ],
 )
 def test_RB61_an_engines_words_about_a_pull(reason: str, meaning: str) -> None:

@@ -42,7 +42,9 @@ class FakeEngine:
         self.headers: dict[str, dict[str, str]] = {}
         self.exited = trio.Event()
         self.code: int = 0
+        self.target = ""
         self.attached: trio.SocketStream | None = None
+        self.input: trio.SocketStream | None = None
         self.early = b""
         self.answers: dict[tuple[str, str], Answer] = {
             ("GET", "/version"): (200, VERSION),
@@ -58,7 +60,10 @@ class FakeEngine:
         }
 
     async def attach(self, stream: trio.SocketStream) -> None:
-        self.attached = stream
+        if "stdout" in self.target:
+            self.attached = stream
+        if "stdin" in self.target:
+            self.input = stream
         await stream.send_all(b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n" + self.early)
         with trio.move_on_after(60):
             await self.exited.wait()
@@ -127,6 +132,7 @@ class FakeEngine:
                     if body:
                         self.bodies[path] = json.loads(body)
                     answer = self.answers.get((method, path), (404, {"message": f"no such thing: {path}"}))
+                    self.target = target
                     if callable(answer):
                         await answer(stream)
                         if path.endswith(("/attach", "/wait", "/events")):
@@ -309,6 +315,11 @@ async def test_D7_an_engine_that_hangs(fake: FakeEngine, monkeypatch: pytest.Mon
         ("/containers/c0ffee/attach", (200, b"x"), "does not hand over the container's streams"),
         ("/containers/c0ffee/start", (400, {"message": 'exec: "x": not found'}), "container can't be started: exec"),
         ("/containers/c0ffee/start", (500, {"message": "exec format error"}), "(the image is for another platform)"),
+        (
+            "/containers/c0ffee/start",
+            (500, {"message": "crun: the requested cgroup controller `cpu` is not available: OCI runtime error"}),
+            "Delegate=cpu memory pids",
+        ),
         ("/containers/c0ffee/start", cut, "broke off"),
     ],
 )
@@ -319,6 +330,24 @@ async def test_RB61_a_step_that_fails_is_named_and_leaves_nothing(
     assert text in await refused(fake)
     removed = ("DELETE", "/v1.45/containers/c0ffee?force=1&v=1") in fake.asked
     assert removed == (step != "/containers/create")
+
+
+async def test_RB65_limits_that_an_engine_does_not_apply_are_told(
+    fake: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    applied = {"Memory": 1 << 30, "NanoCpus": 10**9, "PidsLimit": 256}
+    ignored = (({}, None), ({"PidsLimit": None}, "its processes"), ({"Memory": 0, "NanoCpus": 0}, "its memory and CPU"))
+    for host, text in ignored:
+        caplog.clear()
+        fake.answers["GET", "/containers/c0ffee/json"] = (200, {**INSPECTED, "HostConfig": {**applied, **host}})
+        async with opened(fake), trio.open_nursery() as nursery:
+            while ("GET", "/v1.45/images/sha256:i/json") not in fake.asked:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        told = [each.getMessage() for each in caplog.records if "does not limit" in each.getMessage()]
+        assert bool(told) is (text is not None) and all(each.endswith(f"does not limit {text}") for each in told)
+        fake.asked.clear()
+        fake.exited = trio.Event()
 
 
 async def test_RB61_secrets_are_never_quoted(fake: FakeEngine, tmp_path: Path) -> None:
@@ -584,8 +613,16 @@ async def test_D7_the_chosen_docker_context_is_used(fake: FakeEngine, tmp_path: 
     async with find_engine("docker", "", environ) as engine:
         assert engine.where == f"unix://{fake.path}"
     (tmp_path / "docker" / "config.json").write_text('{"currentContext": "../../x"}')
-    with pytest.raises(EngineGone, match="no Docker engine can be reached"):
+    with pytest.raises(StartFailed, match=r"docker context '\.\./\.\./x' can't be used: .*no such file or directory"):
         async with find_engine("docker", "", {**environ, "DOCKER_CONTEXT": ""}):
+            pass
+    (folder / "meta.json").write_text('{"Endpoints": []}')
+    with pytest.raises(StartFailed, match="docker context 'desk' can't be used"):
+        async with find_engine("docker", "", {**environ, "DOCKER_CONTEXT": "desk"}):
+            pass
+    (tmp_path / "docker" / "config.json").write_text('["no object"]')
+    with pytest.raises(EngineGone, match="no Docker engine can be reached"):
+        async with find_engine("docker", "", environ):
             pass
 
 
@@ -620,7 +657,7 @@ async def test_K17_an_engine_behind_tls(fake: FakeEngine, secure: dict[str, str]
         async with RUNTIME.open(DockerSpec("acme/box:1"), around) as pipe:
             assert not hasattr(pipe, "url")
             assert pipe.details["engine"] == secure["DOCKER_HOST"]
-            assert fake.attached is not None
+            assert fake.attached is not None and fake.input is not None
             reply = frame(1, b"r" * 300_000 + b"\n")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fake.attached.send_all, reply)
@@ -633,9 +670,9 @@ async def test_K17_an_engine_behind_tls(fake: FakeEngine, secure: dict[str, str]
             while data:
                 data = data[pipe.write_nowait(data) :]
                 if len(echoed) < 300_000:
-                    echoed += await fake.attached.receive_some()
+                    echoed += await fake.input.receive_some()
             while len(echoed) < 300_000:
-                echoed += await fake.attached.receive_some()
+                echoed += await fake.input.receive_some()
             assert echoed == b"q" * 300_000
             fake.code = 5
             fake.exited.set()
@@ -647,7 +684,7 @@ async def test_K17_an_engine_behind_tls(fake: FakeEngine, secure: dict[str, str]
 
 async def test_K17_tls_without_certificates_or_with_others(secure: dict[str, str], tmp_path: Path) -> None:
     for environ, text in (
-        ({**secure, "DOCKER_CERT_PATH": str(tmp_path / "none")}, "the certificates for the engine in"),
+        ({**secure, "DOCKER_CERT_PATH": str(tmp_path / "none")}, "Docker engine at tcp:.*there is no ca.pem"),
         ({"DOCKER_HOST": secure["DOCKER_HOST"]}, "the Docker engine at tcp://localhost"),
     ):
         with pytest.raises(StartFailed, match=text):

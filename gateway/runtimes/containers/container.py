@@ -37,6 +37,7 @@ REST_WAIT: Final = 1.0
 UNEXPLAINED: Final = 0.4
 """Seconds after the end by a signal for the engine to say that it removes the container or itself ends."""
 LOOK_LIMIT: Final = 2.0
+LIMITS: Final = {"Memory": "memory", "NanoCpus": "CPU", "PidsLimit": "processes"}
 READ_SIZE: Final = 64 * 1024
 BIG_SIZE: Final = 256 * 1024
 
@@ -167,6 +168,7 @@ class Container:
     def __init__(self, engine: Engine, id: str, plan: Plan, surroundings: Surroundings) -> None:
         self.id = id
         self.port = plan.port
+        self._plan = plan
         self._engine = engine
         self._path = f"/containers/{id}"
         self._details: dict[str, Any] = {
@@ -175,6 +177,7 @@ class Container:
             "image": plan.redact(plan.image),
             "engine": plan.redact(engine.where),
         }
+        self._server = surroundings.server_id
         self._ending = _Ending(engine, plan.memory)
         self._stop_signal = "SIGTERM"
         self._lines = StderrLines(surroundings.log, plan.redact)
@@ -182,7 +185,6 @@ class Container:
         self._frames = Frames()
         self._fd = -1
         self._early = b""
-        self._halves = True
         self._size = READ_SIZE
         self.started = False
         self._stopping = False
@@ -288,7 +290,7 @@ class Container:
     # -------------------------------------------------------------------------------------------------------- starting
     def take(self, streams: Hijacked) -> None:
         """Take over the attached streams."""
-        self._fd, self._early, self._halves = streams.fd, streams.early, streams.halves
+        self._fd, self._early = streams.fd, streams.early
 
     async def start(self) -> None:
         """Start it. Raises StartFailed with the engine's reason."""
@@ -298,6 +300,11 @@ class Container:
             hint = ""
             if "exec format error" in refused.reason:
                 hint = " (the image is for another platform)"
+            elif "cgroup controller" in refused.reason and "not available" in refused.reason:
+                hint = " (systemd must let the engine's user limit it: Delegate=cpu memory pids for user@.service)"
+            elif "cannot assign requested address" in refused.reason:
+                hint = f" (the engine's machine does not have {self._plan.publish_at}, at which the engine is reached; "
+                hint += "with network: host, or a network that the gateway is on, nothing need be published)"
             raise StartFailed(f"container can't be started: {refused.reason}{hint}") from refused
         self.started = True
 
@@ -318,6 +325,12 @@ class Container:
         self._stop_signal = str(config.get("StopSignal") or "SIGTERM")
         if self._ending.paused is None:  # an event knows better
             self._ending.paused = bool(state.get("Paused"))
+        host, wanted = found.get("HostConfig") or {}, self._plan.body["HostConfig"]
+        missing = [what for key, what in LIMITS.items() if wanted[key] and key in host and not host[key]]
+        if missing:  # the kernel can't, or a user without rights may not
+            first, last = ", ".join(missing[:-1]), missing[-1]
+            listed = f"{first} and {last}" if first else last
+            log.warning("Container of server '%s': %s does not limit its %s", self._server, self._engine.name, listed)
         self._details["image_id"] = found.get("Image", "")
         with suppress(StartFailed):
             image = await self._engine.ask("GET", f"/images/{found.get('Image')}/json", limit=10)
@@ -409,14 +422,11 @@ class Container:
     def _end_input(self) -> None:
         if self._fd < 0:
             return
-        if self._halves:
-            try:
-                with socket.socket(fileno=os.dup(self._fd)) as streams:
-                    streams.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass  # it is over already
-        else:
-            self.close()
+        try:
+            with socket.socket(fileno=os.dup(self._fd)) as streams:
+                streams.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it is over already
 
     def _wake(self) -> None:
         if self._fd >= 0:

@@ -15,7 +15,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager, suppress
 from math import inf
 from typing import Any, Final
 from urllib.parse import quote, urlencode, urlsplit
@@ -26,6 +26,7 @@ import trio
 
 from gateway.bodies import Body, unwound
 from gateway.errors import StartFailed
+from gateway.runtimes._keepalive import keepalive
 
 __all__ = ["Address", "Engine", "EngineGone", "EngineRefused", "Hijacked", "find_engine", "parse_address", "sockets_of"]
 
@@ -43,6 +44,7 @@ MAX_LINE: Final = 1024 * 1024
 MAX_REASON: Final = 600
 """Characters of an engine's explanation that are passed on."""
 CHUNK: Final = 64 * 1024
+UNKNOWN_CLIENT: Final = "it wants another client certificate (cert.pem, key.pem), or one at all"
 
 
 class EngineGone(StartFailed):
@@ -75,8 +77,11 @@ class Address:
         return bool(self.path) or self.host in ("localhost", "127.0.0.1", "::1")
 
 
-def parse_address(text: str, environ: Mapping[str, str]) -> Address:
-    """An address as DOCKER_HOST holds it. Raises ValueError with a sentence that fits behind the variable's name."""
+def parse_address(text: str, environ: Mapping[str, str], certificates: str | None = None) -> Address:
+    """An address as DOCKER_HOST holds it. ``certificates``: a folder of its own for TLS, whatever the environment says.
+
+    Raises ValueError with a sentence that fits behind the variable's name.
+    """
     scheme, separator, rest = text.partition("://")
     if scheme == "unix" and separator:
         path = "/" + rest.lstrip("/")
@@ -94,8 +99,9 @@ def parse_address(text: str, environ: Mapping[str, str]) -> Address:
         raise ValueError(f"can't be read: {error}") from None
     if not host or "@" in url.netloc or url.path.strip("/") or url.query:
         raise ValueError("must be tcp://HOST:PORT")
-    secure = scheme == "https" or (scheme == "tcp" and environ.get("DOCKER_TLS_VERIFY", "") != "")
-    folder = environ.get("DOCKER_CERT_PATH") or docker_folder(environ) if secure else None
+    secure = certificates is not None or scheme == "https"
+    secure = secure or (scheme == "tcp" and environ.get("DOCKER_TLS_VERIFY", "") != "")
+    folder = certificates or environ.get("DOCKER_CERT_PATH") or docker_folder(environ) if secure else None
     port = port or (2376 if secure else 2375)
     shown = f"[{host}]" if ":" in host else host
     return Address(f"{scheme}://{shown}:{port}", "", host, port, folder)
@@ -106,21 +112,43 @@ def docker_folder(environ: Mapping[str, str]) -> str:
     return environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/"), ".docker")
 
 
-def _context(environ: Mapping[str, str]) -> tuple[str, str]:
-    """The address and name of the chosen Docker context (Docker Desktop and others name theirs so); "" for none."""
+@attrs.frozen
+class _Context:
+    """A Docker context (Docker Desktop and others name their engine so): its address, and its folder for TLS."""
+
+    name: str = ""
+    host: str = ""
+    certificates: str | None = None
+
+    @property
+    def address(self) -> Address:
+        """Raises ValueError like ``parse_address``."""
+        return parse_address(self.host, {}, self.certificates)
+
+
+def _context(environ: Mapping[str, str]) -> _Context:
+    """The chosen context, an empty one for none. Raises ValueError with a sentence when it can't be read."""
     folder = docker_folder(environ)
     name = environ.get("DOCKER_CONTEXT", "")
-    try:
-        if not name:
+    if not name:
+        try:
             with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-                name = json.loads(file.read(MAX_LINE)).get("currentContext") or ""
-        if not name or name == "default":
-            return "", ""
-        meta = os.path.join(folder, "contexts", "meta", hashlib.sha256(name.encode()).hexdigest(), "meta.json")
+                name = str(json.loads(file.read(MAX_LINE)).get("currentContext") or "")
+        except (OSError, ValueError, AttributeError):
+            pass  # there is none
+    if not name or name == "default":
+        return _Context()
+    id = hashlib.sha256(name.encode()).hexdigest()
+    meta = os.path.join(folder, "contexts", "meta", id, "meta.json")
+    certificates = os.path.join(folder, "contexts", "tls", id, "docker")
+    try:
         with open(meta, encoding="utf-8") as file:
-            return str(json.loads(file.read(MAX_LINE))["Endpoints"]["docker"]["Host"]), name
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return "", ""
+            found = json.loads(file.read(MAX_LINE))["Endpoints"]["docker"]
+        secure = os.path.isdir(certificates) or found.get("SkipTLSVerify")
+        return _Context(name, str(found["Host"]), certificates if secure else None)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it is no such file"
+        raise ValueError(f"docker context {name!r} can't be used: {meta}: {reason}") from None
 
 
 def _usual(type: str, environ: Mapping[str, str]) -> list[str]:
@@ -148,13 +176,22 @@ def _candidates(type: str, host: str, environ: Mapping[str, str]) -> tuple[list[
     """
     variable = "CONTAINER_HOST" if type == "podman" else "DOCKER_HOST"
     text, source = (host, "host") if host else (environ.get(variable, ""), variable)
-    if not text and type == "docker":
-        text, name = _context(environ)
-        source = f"docker context '{name}'"
+    context = _Context()
+    if type == "docker":
+        try:
+            context = _context(environ)
+        except ValueError as error:
+            if not text:
+                raise StartFailed(str(error)) from None
     if not text:
+        source = f"docker context {context.name!r}"
+    if not (text or context.host):
         return [Address(f"unix://{path}", path) for path in _usual(type, environ)], ""
     try:
-        return [parse_address(text, environ)], source
+        address = parse_address(text, environ) if text else context.address
+        if text and address.certificates is None and context.certificates and address.where == context.address.where:
+            address = context.address  # a later gateway, which sweeps there, knows the address only
+        return [address], source
     except ValueError as error:
         raise StartFailed(f"{source} {error}") from None
 
@@ -162,9 +199,11 @@ def _candidates(type: str, host: str, environ: Mapping[str, str]) -> tuple[list[
 def sockets_of(environ: Mapping[str, str]) -> list[str]:
     """Every unix socket at which an engine of either kind may listen for this gateway: none may be mounted."""
     found = [*_usual("docker", environ), *_usual("podman", environ)]
-    for text in (environ.get("DOCKER_HOST", ""), environ.get("CONTAINER_HOST", ""), _context(environ)[0]):
+    for text in (environ.get("DOCKER_HOST", ""), environ.get("CONTAINER_HOST", "")):
         with suppress(ValueError):
             found.append(parse_address(text, environ).path)
+    with suppress(ValueError):
+        found.append(_context(environ).address.path)
     return [path for path in found if path]
 
 
@@ -173,12 +212,11 @@ def sockets_of(environ: Mapping[str, str]) -> list[str]:
 class Hijacked:
     """A connection that has become a container's streams: a non-blocking descriptor, and what had arrived already.
 
-    The caller closes ``fd``. ``halves``: our direction can be ended alone, by shutdown; else only by closing it all.
+    The caller closes ``fd``, and may end our direction alone by shutdown.
     """
 
     fd: int
     early: bytes
-    halves: bool
 
 
 class Engine:
@@ -194,12 +232,13 @@ class Engine:
         self.prefix = ""
         self._secure = address.certificates is not None
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=None if address.certificates is None else _tls(address.certificates),
+            ssl_context=None if address.certificates is None else _tls(address.certificates, self.name),
             max_connections=None,  # a hijacked or endless answer holds its connection
             max_keepalive_connections=4,
             keepalive_expiry=30.0,
             http2=False,
             uds=address.path or None,
+            socket_options=None if address.path else keepalive(),
             network_backend=httpcore.TrioBackend(),
         )
 
@@ -218,7 +257,13 @@ class Engine:
 
     async def negotiate(self) -> None:
         """Ask who it is, and choose the API version to speak. Raises EngineGone, StartFailed."""
-        found = await self.ask("GET", "/version", limit=CONNECT_LIMIT)
+        try:
+            found = await self.ask("GET", "/version", limit=CONNECT_LIMIT)
+        except EngineGone as gone:
+            if not self._secure or "broke off" not in gone.message:
+                raise
+            # TLS 1.3 refuses a client after its handshake, and the alert may be lost to our request.
+            raise EngineGone(f"{gone.message} after the TLS handshake: perhaps {UNKNOWN_CLIENT}") from gone
         if not isinstance(found, dict) or "ApiVersion" not in found:
             raise EngineGone(f"what answers at {self.where} is no container engine")
         components = found.get("Components") or ()
@@ -278,25 +323,35 @@ class Engine:
     async def hijack(self, path: str, query: Mapping[str, str], nursery: trio.Nursery) -> Hijacked:
         """Turn a connection into a container's streams.
 
-        Over TLS, tasks in ``nursery`` carry the bytes; cancelling them ends the connection. Raises EngineRefused,
+        Over TLS, tasks in ``nursery`` carry the bytes; cancelling them ends the connections. Raises EngineRefused,
         EngineGone.
         """
-        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
         with self._border(), trio.move_on_after(LIMIT):
-            async with self._request("POST", path, query, None, headers, keep=self._secure) as response:
-                if response.status != 101:
-                    self._check(response.status, await _read(response))
-                    raise EngineGone(f"{self.name} does not hand over the container's streams ({response.status})")
-                stream = response.extensions["network_stream"]
-                if self._secure:
-                    return await _carried(stream, nursery)
+            if self._secure:
+                read = {name: value for name, value in query.items() if name != "stdin"}
+                async with self._upgraded(path, read) as output:
+                    if "stdin" not in query:
+                        return _carried(output, None, nursery)
+                    async with self._upgraded(path, {"stream": "1", "stdin": "1"}) as input:
+                        return _carried(output, input, nursery)
+            async with self._upgraded(path, query) as stream:
                 # The connection's descriptor is ours from here; the pool forgets its own when the block is left.
                 fd = os.dup(stream.get_extra_info("socket").fileno())
                 early = b""
                 with trio.CancelScope(deadline=-inf):  # what came with the answer is there without waiting
                     early = await stream.read(CHUNK)
-                return Hijacked(fd, early, halves=True)
+                return Hijacked(fd, early)
         raise EngineGone(f"{self.name} has not answered within {LIMIT:g} s")
+
+    @asynccontextmanager
+    async def _upgraded(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Any]:
+        """A connection that is no longer HTTP. Over TLS it stays open after the block."""
+        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+        async with self._request("POST", path, query, None, headers, keep=self._secure) as response:
+            if response.status != 101:
+                self._check(response.status, await _read(response))
+                raise EngineGone(f"{self.name} does not hand over the container's streams ({response.status})")
+            yield response.extensions["network_stream"]
 
     @asynccontextmanager
     async def _request(
@@ -432,70 +487,92 @@ def _reason(error: BaseException) -> str:
     deepest: OSError | None = None
     while at is not None:
         if isinstance(at, ssl.SSLError):
-            verdict = at.verify_message if isinstance(at, ssl.SSLCertVerificationError) else at.reason
-            return f"can't be reached: TLS failed: {verdict or 'broken handshake'}"
+            return f"can't be reached: TLS failed: {_verdict(at)}"
         if isinstance(at, OSError):
             deepest = at
-        at = at.__cause__ or at.__context__
+        at = at.exceptions[-1] if isinstance(at, BaseExceptionGroup) else at.__cause__ or at.__context__
     if deepest is not None:
-        text = (os.strerror(deepest.errno) if deepest.errno and deepest.errno > 0 else str(deepest)).lower()
+        number = deepest.errno or 0
+        text = (os.strerror(number) if number > 0 else deepest.strerror or str(deepest)).lower()
         if isinstance(deepest, PermissionError):
             text += "; may the gateway's user use it (group docker)?"
         return f"can't be reached: {text}" if connecting else f"broke off: {text}"
     return "can't be reached" if connecting else "broke off"
 
 
-def _tls(folder: str) -> ssl.SSLContext:
-    """The context of a folder with ca.pem, cert.pem and key.pem, as Docker's client has it. Raises StartFailed."""
+def _verdict(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_message:
+        return error.verify_message
+    reason = error.reason or "broken handshake"
+    if "_ALERT_" in reason and ("CERTIFICATE" in reason or reason.endswith("_UNKNOWN_CA")):
+        return f"{UNKNOWN_CLIENT} ({reason})"
+    return "what listens there speaks no TLS" if reason == "WRONG_VERSION_NUMBER" else reason
+
+
+def _tls(folder: str, name: str) -> ssl.SSLContext:
+    """The context of a folder with ca.pem, cert.pem and key.pem, as Docker's client has it. Raises StartFailed.
+
+    As with that, cert.pem and key.pem may both be missing: an engine may trust everybody.
+    """
+    ca, cert, key = (os.path.join(folder, each) for each in ("ca.pem", "cert.pem", "key.pem"))
+    shown = any(map(os.path.lexists, (cert, key)))
+    needed = (ca, cert, key) if shown else (ca,)
+    missing = [os.path.basename(path) for path in needed if not os.path.lexists(path)]
+    reason = f"there is no {' and no '.join(missing)}"
     try:
-        context = ssl.create_default_context(cafile=os.path.join(folder, "ca.pem"))
-        context.load_cert_chain(os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem"))
+        if not missing:
+            context = ssl.create_default_context(cafile=ca)
+            # Python 3.13 and later are strict, and refuse what the commands in Docker's documentation make.
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+            if shown:
+                context.load_cert_chain(cert, key, password="")  # or it asks at the terminal
+            return context
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        message = f"the certificates for the engine in {folder!r} (ca.pem, cert.pem, key.pem) can't be used: {reason}"
-        raise StartFailed(message) from error
-    return context
+    raise StartFailed(f"the certificates for {name} in {folder!r} (ca.pem, cert.pem, key.pem) can't be used: {reason}")
 
 
-async def _carried(stream: Any, nursery: trio.Nursery) -> Hijacked:
-    """A TLS stream behind a local socket, so that whoever holds the streams need not know of TLS.
+def _carried(output: Any, input: Any, nursery: trio.Nursery) -> Hijacked:
+    """TLS streams behind a local socket, so that whoever holds the container's streams need not know of TLS.
 
-    Its direction can't be ended alone: TLS would have to answer. Closing the local socket closes the stream, which a
-    container with StdinOnce takes for the end of its input.
+    One direction of TLS can't be ended alone, so each has a connection: a container with StdinOnce takes the end of
+    ``input`` for the end of its stdin, and its last words still come.
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     local = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
-    scope = trio.CancelScope()
     broken = (httpcore.NetworkError, OSError, trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError)
 
+    async def end(stream: Any) -> None:
+        with trio.move_on_after(1, shield=True), suppress(*broken):
+            await stream.aclose()
+
     async def outwards() -> None:
-        with suppress(*broken):
-            while data := await local.receive_some(CHUNK):
-                await stream.write(data)
-        scope.cancel()
+        try:
+            with suppress(*broken):
+                while data := await local.receive_some(CHUNK):
+                    await input.write(data)
+        finally:
+            await end(input)
 
     async def inwards() -> None:
-        with suppress(*broken):
-            while data := await stream.read(CHUNK):
-                await local.send_all(data)
-            await local.send_eof()
-            await trio.sleep_forever()
-        scope.cancel()
+        try:
+            with suppress(*broken):
+                while data := await output.read(CHUNK):
+                    await local.send_all(data)
+                await local.send_eof()
+        finally:
+            await end(output)
 
     async def carry() -> None:
-        try:
-            with scope:
-                async with trio.open_nursery() as both:
+        with closing(local.socket):
+            async with trio.open_nursery() as both:
+                both.start_soon(inwards)
+                if input is not None:
                     both.start_soon(outwards)
-                    both.start_soon(inwards)
-        finally:
-            await trio.aclose_forcefully(local)
-            with trio.move_on_after(1, shield=True), suppress(*broken):
-                await stream.aclose()
 
     nursery.start_soon(carry)
-    return Hijacked(ours.detach(), b"", halves=False)
+    return Hijacked(ours.detach(), b"")
 
 
 # ------------------------------------------------------------------------------------------------------------ finding

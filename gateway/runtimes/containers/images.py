@@ -222,18 +222,21 @@ _CAUSES: Final = (
     ("network is unreachable", "the registry can't be reached"),
     ("tls handshake timeout", "the registry can't be reached"),
     ("server misbehaving", "the registry can't be reached"),
+    ("first record does not look like a tls", "the registry speaks no TLS; the engine must know it as insecure"),
+    ("http response to https client", "the registry speaks no TLS; the engine must know it as insecure"),
+    ("x509: ", "the engine does not trust the registry's certificate"),
     ("context deadline exceeded", "the registry can't be reached"),
     ("client.timeout", "the registry can't be reached"),
     ("not found", "the registry has no such image or tag"),
 )
 
 
-def explain(reason: str) -> str:
-    """What an engine's words about a pull mean, followed by them."""
+def explain(reason: str, client: str = "docker") -> str:
+    """What an engine's words about a pull mean, followed by them. ``client`` is the program that logs in."""
     lower = reason.lower()
     for sign, meaning in _CAUSES:
         if sign in lower:
-            return f"{meaning}: {reason}"
+            return f"{meaning.replace('docker login', f'{client} login')}: {reason}"
     return reason
 
 
@@ -261,4 +264,5 @@ async def pull(
         raise EngineGone(f"image {reference} can't be pulled: {gone.message}") from gone
     if reason:
         remark = f" ({found.remark})" if found.remark else ""
-        raise StartFailed(f"image {reference} can't be pulled: {explain(reason)}{remark}")
+        client = "podman" if engine.podman else "docker"
+        raise StartFailed(f"image {reference} can't be pulled: {explain(reason, client)}{remark}")

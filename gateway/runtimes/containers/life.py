@@ -237,20 +237,27 @@ async def _begin(
     """Attach to a created container, start it and watch it."""
     wanted = ("stdout", "stderr") if plan.port is not None else ("stdin", "stdout", "stderr")
     query = {"stream": "1", **dict.fromkeys(wanted, "1")}
-    container.take(await engine.hijack(f"/containers/{container.id}/attach", query, nursery))
-    await container.start()
+    made: list[trio.Nursery] = []
+    ready = trio.Event()
+
+    async def attend() -> None:
+        with scope:
+            async with trio.open_nursery() as tasks:
+                made.append(tasks)
+                ready.set()
+                await trio.sleep_forever()
 
     async def learn() -> None:
         with suppress(StartFailed):
             await container.learn()
 
-    async def attend() -> None:
-        with scope:
-            async with trio.open_nursery() as tasks:
-                for work in (container.watch, container.listen, learn if plan.port is None else container.drain):
-                    tasks.start_soon(work)
-
-    nursery.start_soon(attend)
+    nursery.start_soon(attend)  # not start(): cancelled there, it would wait for what is shielded
+    await ready.wait()
+    (tasks,) = made
+    container.take(await engine.hijack(f"/containers/{container.id}/attach", query, tasks))
+    await container.start()
+    for work in (container.watch, container.listen, learn if plan.port is None else container.drain):
+        tasks.start_soon(work)
     if plan.port is None:
         return container
     found = await container.learn()

@@ -42,6 +42,7 @@ class Plan:
     body: Mapping[str, Any]
     memory: int
     port: int | None
+    publish_at: str
     path: str
     network: str
     redact: Callable[[str], str]
@@ -250,6 +251,7 @@ async def make_plan(
         body=container_body(spec, env, binds, labels, limits, publish_at),
         memory=limits[1],
         port=spec.port,
+        publish_at=publish_at,
         path=reveal(spec.path),
         network="" if spec.network is None else reveal(spec.network),
         redact=redact,

@@ -39,8 +39,9 @@ from httpcore._backends.trio import TrioBackend, TrioStream
 
 from gateway.bodies import Body, unwound
 from gateway.errors import StartFailed
+from gateway.runtimes._keepalive import keepalive
 from gateway.runtimes.kubernetes.access import Access, Credentials, find_access, tls_context
-from gateway.runtimes.kubernetes.websocket import Broken, Socket, dial, keepalive, message_of
+from gateway.runtimes.kubernetes.websocket import Broken, Socket, dial, message_of
 
 __all__ = ["Cluster", "OnEvent", "Refused", "RequestBody", "Unreachable", "on_cluster", "open_cluster", "path_of"]
 

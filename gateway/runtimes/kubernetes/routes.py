@@ -25,6 +25,7 @@ import trio
 from httpcore._backends.trio import TrioStream  # makes TLS over any of trio's streams
 
 from gateway.errors import StartFailed
+from gateway.runtimes._keepalive import keepalive
 from gateway.runtimes.kubernetes.access import Access
 from gateway.runtimes.kubernetes.api import Cluster, RequestBody, path_of
 from gateway.runtimes.kubernetes.endpoints import Endpoint, Endpoints
@@ -35,7 +36,6 @@ from gateway.runtimes.kubernetes.websocket import (
     TEXT,
     Broken,
     Socket,
-    keepalive,
     message_of,
 )
 

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import trio
 
 from gateway.errors import StartFailed
+from gateway.runtimes._keepalive import keepalive
 
 __all__ = [
     "BINARY",
@@ -39,7 +40,6 @@ __all__ = [
     "Socket",
     "Upgraded",
     "dial",
-    "keepalive",
     "message_of",
 ]
 
@@ -395,15 +395,6 @@ def _detached(stream: trio.SocketStream) -> socket.socket:
     for option in keepalive():
         sock.setsockopt(*option)
     return sock
-
-
-def keepalive() -> list[tuple[int, int, int]]:
-    """Socket options that notice a lost peer within 20 s of silence."""
-    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("TCP_NODELAY", 1)):
-        if hasattr(socket, name):
-            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
-    return options
 
 
 async def _handshake(sock: ssl.SSLSocket) -> None:
