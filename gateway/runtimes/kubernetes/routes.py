@@ -428,6 +428,7 @@ def _pod_tls(access: Access) -> ssl.SSLContext:
             context = ssl.create_default_context(cadata=certifi.contents())
         if access.ca is not None:
             context.load_verify_locations(cadata=access.ca)
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as in ``access.tls_context``
     except (ssl.SSLError, ValueError, OSError) as error:
         raise StartFailed(f"The certificates that pods are checked against can't be loaded: {error}") from None
     return context
