@@ -97,6 +97,7 @@ class Client:
     info          its clientInfo
     owner         how to reach it outside a call; None for a client that can't be reached
     context       what a modern server is told of it, made by the links when first needed; None again when it changes
+    closed        its session is over
     """
 
     key: str
@@ -107,6 +108,7 @@ class Client:
     owner: Owner | None = None
     log_level: str | None = None
     context: str | None = None
+    closed: bool = False
 
     def set_log_level(self, level: str | None) -> None:
         """The least level of log lines it wants, None for none."""

@@ -963,6 +963,8 @@ class Unit:
             reply = await link.subscribe(uri, max(0.0, deadline - trio.current_time()))
             if reply.kind is RESULT:
                 self.subscribed(uri, client, shown)
+                if client.closed:  # in the turn in which the reply came: nobody else will take it back
+                    self.supervisor.close_client(client)
             return reply
         finally:
             self.leave()
@@ -1163,6 +1165,7 @@ class Supervisor:
 
     def close_client(self, client: Client) -> None:
         """A client's session is over: what it alone owned is stopped, what it subscribed to is not kept for it."""
+        client.closed = True
         for unit in self.units():
             for uri in [uri for uri, clients in unit.subscribers.items() if client in clients]:
                 if unit.unsubscribed(uri, client) and unit.link is not None and self._nursery is not None:

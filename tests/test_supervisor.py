@@ -570,6 +570,29 @@ async def test_L9_a_resource_subscription_keeps_the_unit_and_survives_its_restar
     assert script.running == 0
 
 
+async def test_L9_a_subscription_that_is_answered_after_its_session_has_ended_is_taken_back(
+    house: House, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script()
+    who = client("m", owner=Owner())
+    unit = house.unit(script, who, idle_timeout_seconds=5)
+    await call(unit)
+    assert unit.link is not None
+    subscribe = unit.link.subscribe
+
+    async def late(uri: str, timeout: float) -> Message:
+        reply = await subscribe(uri, timeout)
+        house.supervisor.close_client(who)  # in the same turn of the loop: too late to cancel who waits
+        return reply
+
+    monkeypatch.setattr(type(unit.link), "subscribe", staticmethod(late))
+    await unit.subscribe("test://a", who, trio.current_time() + 10)
+    assert not unit.subscribers
+    await trio.sleep(6)
+    assert script.methods().count("resources/unsubscribe") == 1
+    assert script.running == 0
+
+
 async def test_G19_max_units_and_max_parallel_starts(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     house = House(nursery, Settings(max_units=3, max_parallel_starts=2))
     await nursery.start(house.run)
