@@ -298,6 +298,9 @@ async def test_P7_the_guard_is_small_and_holds_nothing() -> None:
         await trio.to_thread.run_sync(guard.prepare)
         pid = guard.pid
         assert pid is not None
+        with trio.fail_after(5):
+            while not ignores(pid, signal.SIGTERM):  # the first line of its script; its loader opens and closes files
+                await trio.sleep(0.01)
         files = {name: os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
         assert set(files) <= {"0", "1", "2"}
         assert files["0"].startswith("pipe:")
@@ -305,9 +308,6 @@ async def test_P7_the_guard_is_small_and_holds_nothing() -> None:
         assert os.getsid(pid) == pid
         pss = [line for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:")]
         assert int(pss[0].split()[1]) < 1024
-        with trio.fail_after(5):
-            while not ignores(pid, signal.SIGTERM):  # the first line of its script
-                await trio.sleep(0.01)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(pid, number)
         guard.watch(99999999)
