@@ -17,7 +17,7 @@ PACKAGE = ROOT / "gateway"
 
 ROWS = [
     {"errors"},
-    {"protocol", "config", "hub", "bodies"},
+    {"protocol", "config", "hub", "bodies", "trust"},
     {"auth", "limits", "telemetry", "runtimes"},
     {"policy", "directory", "exchange", "lifecycle", "turns"},
     {"upstream"},

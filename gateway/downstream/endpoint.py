@@ -38,7 +38,7 @@ from gateway.errors import (
     Forbidden,
     GatewayError,
     Unauthenticated,
-    unexpected,
+    of_archive,
 )
 from gateway.exchange import Target, ViewName
 from gateway.protocol.eras import LEGACY_VERSIONS, MODERN_VERSIONS, is_modern
@@ -233,12 +233,11 @@ class Endpoint:
         except Exception as error:
             if request.responded:
                 raise  # a reply that was cut must look cut; the connection sees to that, and logs it
-            text = unexpected(error)
-            if text is REPLACED:
+            if of_archive(error):
                 await self._replaced(request)
                 return
             self._failed(request, request_id, error)
-            await request.respond(500, error_body(500, text))
+            await request.respond(500, error_body(500, "Internal error"))
         finally:
             if received:
                 self._completed(request, request_id, received)

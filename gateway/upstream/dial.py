@@ -27,6 +27,7 @@ from httpcore._backends.trio import TrioStream  # TLS over a socket that we have
 
 from gateway.errors import GatewayError, LinkLost, ServerProtocolError, StartFailed, UpstreamError
 from gateway.runtimes.base import Origin
+from gateway.trust import public_context
 
 __all__ = ["CONNECT_LIMIT", "Dialer", "Target", "border", "classify", "open_transport", "shown"]
 
@@ -280,13 +281,8 @@ class _Transport(httpx.AsyncHTTPTransport):
 
 
 @lru_cache(maxsize=2)
-def _tls_context(cert_file: str | None, cert_dir: str | None) -> ssl.SSLContext:
-    if cert_file or cert_dir:
-        return ssl.create_default_context(cafile=cert_file or None, capath=cert_dir or None)
-    import certifi
-
-    # Not certifi.where(): inside an archive that would leave a temporary file behind (design.md section 12).
-    return ssl.create_default_context(cadata=certifi.contents())
+def _tls_context(cert_file: str, cert_dir: str) -> ssl.SSLContext:
+    return public_context({"SSL_CERT_FILE": cert_file, "SSL_CERT_DIR": cert_dir})
 
 
 def open_transport(origin: Origin, *, resolve_host: Resolver = resolve) -> httpx.AsyncBaseTransport:
@@ -300,7 +296,7 @@ def open_transport(origin: Origin, *, resolve_host: Resolver = resolve) -> httpx
     context = None
     if origin.url[:6].lower() == "https:":
         try:
-            context = _tls_context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+            context = _tls_context(os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", ""))
         except OSError as error:
             raise StartFailed(f"The certificates of SSL_CERT_FILE or SSL_CERT_DIR can't be loaded: {error}") from error
     return _Transport(Dialer(origin.allow_private, resolve_host), context)

@@ -27,6 +27,7 @@ import trio
 from gateway.bodies import Body, unwound
 from gateway.errors import StartFailed
 from gateway.runtimes._keepalive import keepalive
+from gateway.trust import private
 
 __all__ = ["Address", "Engine", "EngineGone", "EngineRefused", "Hijacked", "find_engine", "parse_address", "sockets_of"]
 
@@ -521,9 +522,7 @@ def _tls(folder: str, name: str) -> ssl.SSLContext:
     reason = f"there is no {' and no '.join(missing)}"
     try:
         if not missing:
-            context = ssl.create_default_context(cafile=ca)
-            # Python 3.13 and later are strict, and refuse what the commands in Docker's documentation make.
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+            context = private(ssl.create_default_context(cafile=ca))
             if shown:
                 context.load_cert_chain(cert, key, password="")  # or it asks at the terminal
             return context

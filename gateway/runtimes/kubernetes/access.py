@@ -30,6 +30,7 @@ import attrs
 import trio
 
 from gateway.errors import StartFailed
+from gateway.trust import private, public_context
 
 __all__ = ["Access", "Credentials", "Plugin", "find_access", "proxy_for", "tls_context"]
 
@@ -366,16 +367,9 @@ def tls_context(access: Access, certificate: tuple[str, str] | None, environ: Ma
     """How to speak TLS with the API. Blocks for a moment. Raises StartFailed for certificates that are none."""
     try:
         if access.ca is not None:
-            context = ssl.create_default_context(cadata=access.ca)
-            # Python 3.13 and later are strict, and refuse what kubeadm and others have made for years.
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        elif environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR"):
-            file, folder = environ.get("SSL_CERT_FILE") or None, environ.get("SSL_CERT_DIR") or None
-            context = ssl.create_default_context(cafile=file, capath=folder)
+            context = private(ssl.create_default_context(cadata=access.ca))
         else:
-            import certifi
-
-            context = ssl.create_default_context(cadata=certifi.contents())
+            context = public_context(environ)
     except (ssl.SSLError, ValueError, OSError) as error:
         raise StartFailed(f"{access.described}: the certificate authority can't be used: {error}") from None
     if access.insecure:

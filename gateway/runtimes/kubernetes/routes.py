@@ -38,6 +38,7 @@ from gateway.runtimes.kubernetes.websocket import (
     Socket,
     message_of,
 )
+from gateway.trust import private, public_context
 
 __all__ = ["Balanced", "Load", "Route", "choose_route"]
 
@@ -418,17 +419,10 @@ async def _may(cluster: Cluster, namespace: str, verb: str, resource: str, sub: 
 
 def _pod_tls(access: Access) -> ssl.SSLContext:
     """What pods' certificates must come from: SSL_CERT_FILE and SSL_CERT_DIR, else certifi's; or the cluster's CA."""
-    file, folder = os.environ.get("SSL_CERT_FILE") or None, os.environ.get("SSL_CERT_DIR") or None
     try:
-        if file or folder:
-            context = ssl.create_default_context(cafile=file, capath=folder)
-        else:
-            import certifi
-
-            context = ssl.create_default_context(cadata=certifi.contents())
+        context = public_context(os.environ)
         if access.ca is not None:
-            context.load_verify_locations(cadata=access.ca)
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as in ``access.tls_context``
+            private(context).load_verify_locations(cadata=access.ca)
     except (ssl.SSLError, ValueError, OSError) as error:
         raise StartFailed(f"The certificates that pods are checked against can't be loaded: {error}") from None
     return context
