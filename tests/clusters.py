@@ -72,6 +72,24 @@ class Kube:
         path.write_text(json.dumps(whole))
         return path
 
+    def token(self, namespace: str, account: str) -> str:
+        """A fresh token of a service account."""
+        path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
+        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
+        made = json.loads(self.kubectl("create", "--raw", path, "-f", "-", given=body))
+        return str(made["status"]["token"])
+
+    def evict(self, namespace: str, pod: str) -> None:
+        """As a node that is drained does it."""
+        meta = {"name": pod, "namespace": namespace}
+        eviction = {"apiVersion": "policy/v1beta1", "kind": "Eviction", "metadata": meta}
+        path = f"/api/v1/namespaces/{namespace}/pods/{pod}/eviction"
+        self.kubectl("create", "--raw", path, "-f", "-", given=eviction)
+
+    def kill_pod(self, namespace: str, pod: str) -> None:
+        """Delete it without any grace."""
+        self.kubectl("-n", namespace, "delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
+
     def job(self, namespace: str, /, *args: str, **keys: Any) -> dict[str, Any]:
         """An entry's ``runtime`` for a fixture in a Job here; by default the echo server."""
         runtime: dict[str, Any] = {"type": "k8s-job", "namespace": namespace, "image": IMAGE, "user": 1000}

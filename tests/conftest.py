@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,19 @@ def state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """No test shares what gateways remember with another one, or with whoever runs the tests."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+
+
+@pytest.fixture
+def strict_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates are checked as strictly as by Python 3.13 and later."""
+    lax = ssl.create_default_context
+
+    def strict(*args: Any, **keys: Any) -> ssl.SSLContext:
+        context = lax(*args, **keys)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT  # as from Python 3.13 on
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
 
 
 @pytest.fixture(scope="session")

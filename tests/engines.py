@@ -68,6 +68,11 @@ class Engine:
         if build:
             image.build(host)
 
+    def remove_containers(self) -> None:
+        """All of them, running or not."""
+        for container in self.api("GET", "/containers/json?all=1"):
+            self.api("DELETE", f"/containers/{container['Id']}?force=1&v=1")
+
     def api(self, method: str, path: str, body: Any = None) -> Any:
         """The decoded answer of a request that must succeed."""
         status, data = image.api(self.host, method, path, body, timeout=60)
@@ -137,6 +142,27 @@ class DockerEngine(Engine):
         self.run("purge")
 
 
+def _podman_service(
+    folder: Path, variables: dict[str, str], address: str, ready: Callable[[], bool], *options: str, **user: Any
+) -> subprocess.Popen[bytes]:
+    """``podman system service`` at an address, once it is ready; ``user`` is Popen's, to run it as another one."""
+    process = subprocess.Popen(
+        ["podman", *options, "system", "service", "-t", "0", address],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,  # conmon leaves files there
+        start_new_session=True,
+        **user,
+    )
+    until = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None and time.monotonic() < until, "podman did not start"
+        time.sleep(0.05)
+    return process
+
+
 class PodmanEngine(Engine):
     """``podman system service`` of its own."""
 
@@ -151,22 +177,8 @@ class PodmanEngine(Engine):
         super().__init__("podman", f"unix://{self.socket}")
 
     def _serve(self, address: str, ready: Callable[[], bool]) -> subprocess.Popen[bytes]:
-        folder = self.folder
-        command = ["podman", "--root", f"{folder}/r", "--runroot", f"{folder}/rr", "system", "service", "-t", "0"]
-        process = subprocess.Popen(
-            [*command, address],
-            env=self.variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,  # conmon leaves files there
-            start_new_session=True,
-        )
-        until = time.monotonic() + 60
-        while not ready():
-            assert process.poll() is None and time.monotonic() < until, "podman did not start"
-            time.sleep(0.05)
-        return process
+        own = ("--root", f"{self.folder}/r", "--runroot", f"{self.folder}/rr")
+        return _podman_service(self.folder, self.variables, address, ready, *own)
 
     @contextmanager
     def at_port(self, host: str) -> Iterator[str]:
@@ -187,8 +199,7 @@ class PodmanEngine(Engine):
 
     def close(self) -> None:
         """End it and remove all of it."""
-        for container in self.api("GET", "/containers/json?all=1"):
-            self.api("DELETE", f"/containers/{container['Id']}?force=1&v=1")
+        self.remove_containers()
         self.process.terminate()
         self.process.wait(30)
         mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
@@ -218,28 +229,13 @@ class RootlessPodman(Engine):
         variables = {"HOME": str(folder), "XDG_RUNTIME_DIR": str(self.runtime), "PATH": os.environ["PATH"]}
         variables["CONTAINERS_CONF"] = f"{folder}/containers.conf"
         variables["CONTAINERS_STORAGE_CONF"] = f"{folder}/storage.conf"
-        self.process = subprocess.Popen(
-            ["podman", "system", "service", "-t", "0", f"unix://{socket}"],
-            env=variables,
-            user="nobody",
-            group="nogroup",
-            extra_groups=[],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            start_new_session=True,
-        )
-        until = time.monotonic() + 60
-        while not socket.exists():
-            assert self.process.poll() is None and time.monotonic() < until, "podman did not start"
-            time.sleep(0.05)
+        nobody = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+        self.process = _podman_service(folder, variables, f"unix://{socket}", socket.exists, **nobody)
         super().__init__("podman", f"unix://{socket}")
 
     def close(self) -> None:
         """End it, and the process that holds its namespace, and remove all of it."""
-        for container in self.api("GET", "/containers/json?all=1"):
-            self.api("DELETE", f"/containers/{container['Id']}?force=1&v=1")
+        self.remove_containers()
         os.killpg(self.process.pid, signal.SIGTERM)  # what serves is a child of it, in the user's namespace
         self.process.wait(30)
         with suppress(ProcessLookupError):

@@ -135,6 +135,14 @@ class RunningGateway:
         reply = self.rest(server_id, "tools/call", {"name": tool, "arguments": arguments or {}})
         return str(reply["result"]["content"][0]["text"])
 
+    def failing(self, server_id: str, tool: str = "echo", **arguments: Any) -> str:
+        """What a call of a tool through POST /mcp that must fail with 502 is told."""
+        body = {"server_id": server_id, "jsonrpc": "2.0", "id": 1, "method": "tools/call"}
+        body["params"] = {"name": tool, "arguments": arguments or {"text": "x"}}
+        status, _, data = self.http("POST", "/mcp", body, timeout=120)
+        assert status == 502, (status, data, "\n".join(self.lines[-60:]))
+        return str(json.loads(data)["message"])
+
     def stop(self, seconds: float = 50) -> int:
         """SIGTERM, and the exit status."""
         if self.process.poll() is None:

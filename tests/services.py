@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import base64
+import functools
 import http.client
 import json
 import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import pytest
 from clusters import PREFIX, Kube
 from engines import image
+
+from gateway.errors import LinkLost
+from gateway.protocol.eras import Era
+from gateway.runtimes.base import Origin
+from gateway.runtimes.kubernetes import access as cluster_access
+from gateway.runtimes.kubernetes import api as kube_api
+from gateway.upstream.connect import Terms, UpstreamLink, connect
 
 SDK_IMAGE: str = image.SDK.tag
 
@@ -59,6 +68,15 @@ class Cluster:
         """All of a kind."""
         return list(json.loads(self.kubectl("-n", namespace, "get", kind, "-o", "json"))["items"])
 
+    def ready(self, namespace: str, service: str) -> int:
+        """Ready addresses behind a Service."""
+        found = self.get(namespace, "endpoints", service)
+        return sum(len(subset.get("addresses") or []) for subset in found.get("subsets") or [])
+
+    def replicas(self, namespace: str, deployment: str) -> int:
+        """How many it is to have."""
+        return int(self.get(namespace, "deployment", deployment)["spec"]["replicas"])
+
     @contextmanager
     def namespace(self, name: str | None = None) -> Iterator[str]:
         """A namespace of one's own; nobody waits for its end."""
@@ -72,10 +90,7 @@ class Cluster:
     # ---------------------------------------------------------------------------------------------- as somebody else
     def token(self, namespace: str, account: str) -> str:
         """A fresh token of a service account."""
-        path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
-        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
-        made = json.loads(self.kubectl("create", "--raw", path, "-f", "-", given=body))
-        return str(made["status"]["token"])
+        return self.kube.token(namespace, account)
 
     def request(self, token: str, method: str, path: str, body: Json | None = None) -> tuple[int, Json]:
         """One request with a token: the status and the answer."""
@@ -202,3 +217,38 @@ def account(namespace: str, name: str, *rules: Json) -> list[Json]:
 def rule(resource: str, *verbs: str, group: str = "") -> Json:
     """One rule of a Role."""
     return {"apiGroups": [group], "resources": [resource], "verbs": list(verbs)}
+
+
+# ----------------------------------------------------------------------------------------------------------- gateways
+def in_pod(folder: Path, monkeypatch: pytest.MonkeyPatch, api: str) -> dict[str, str]:
+    """Have the runtime believe that it runs in a pod with this service account, and that the API is at this URL.
+
+    Pods' addresses are reachable here.
+    """
+    find = functools.partial(cluster_access.find_access, service_account=folder)
+    monkeypatch.setattr(kube_api, "find_access", find)
+    host, _, port = api.removeprefix("https://").partition(":")
+    return {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
+
+
+@asynccontextmanager
+async def spoken_to(origin: Origin, *eras: Era) -> AsyncIterator[UpstreamLink]:
+    """A link to it, of one of these eras."""
+    info = {"name": "test", "version": "1"}
+    terms = Terms("s", lambda message: None, lambda ask: False, info, eras=eras or (Era.MODERN, Era.LEGACY), timeout=30)
+    async with connect(origin, terms) as link:
+        yield link
+
+
+async def call(link: UpstreamLink, tool: str, *, tries: int = 1, **arguments: Any) -> str:
+    """A tool's text. ``tries``: the proxies of this old API cut one event stream in a hundred short, which is told."""
+    while True:
+        try:
+            reply = await link.request("tools/call", json.dumps({"name": tool, "arguments": arguments}), timeout=60)
+            break
+        except LinkLost as error:
+            tries -= 1
+            if not tries or "dropped the connection" not in error.message:
+                raise
+    assert "content" in reply.result, reply.text
+    return str(reply.result["content"][0]["text"])

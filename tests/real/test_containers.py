@@ -33,15 +33,6 @@ def act(gateway: RunningGateway, id: str, code: str) -> str:
     return gateway.call(id, "act", {"code": code})
 
 
-def failing(gateway: RunningGateway, id: str, tool: str = "echo", **arguments: Any) -> str:
-    """What a call that must fail with 502 is told."""
-    body = {"server_id": id, "jsonrpc": "2.0", "id": 1, "method": "tools/call"}
-    body["params"] = {"name": tool, "arguments": arguments or {"text": "x"}}
-    status, _, data = gateway.http("POST", "/mcp", body, timeout=90)
-    assert status == 502, (status, data)
-    return str(json.loads(data)["message"])
-
-
 def instances(gateway: RunningGateway, id: str) -> list[dict[str, Any]]:
     return list(gateway.json("GET", f"/servers/{id}")["instances"])
 
@@ -121,7 +112,7 @@ def test_K20_a_network_of_the_engine(docker: Engine, tmp_path: Path) -> None:
             address = docker.inspect(container["Id"])["NetworkSettings"]["Networks"][name]["IPAddress"]
             assert instances(gateway, "web")[0]["url"] == f"http://{address}:8080/mcp"
             assert not container["Ports"], "nothing is published"
-            assert "no-such-network" in failing(gateway, "lost")
+            assert "no-such-network" in gateway.failing("lost")
             assert gateway.rest("host", "tools/list")["result"]["tools"]
         assert no_containers(docker)
     finally:
@@ -138,12 +129,12 @@ def test_RB01_a_server_that_ends_at_once_tells_why(docker: Engine, tmp_path: Pat
         docker.entry("secret", "-c", "import os; exit('no: ' + os.environ['KEY'])", env={"KEY": "${CONTAINER_SECRET}"}),
     ]
     with RunningGateway(tmp_path, entries, env={"CONTAINER_SECRET": "hush-hush-hush"}) as gateway:
-        assert "container exited with code 4: exiting as asked" in failing(gateway, "early")
-        assert "container exited with code 2: " in failing(gateway, "web")
-        assert "/no/such/program failed: No such file or directory" in failing(gateway, "typo")
-        assert "container can't be started: " in failing(gateway, "bare")
-        assert "image 'acme/no-such-image:1' is not on the Docker engine" in failing(gateway, "gone")
-        assert "no: ${CONTAINER_SECRET}" in failing(gateway, "secret")
+        assert "container exited with code 4: exiting as asked" in gateway.failing("early")
+        assert "container exited with code 2: " in gateway.failing("web")
+        assert "/no/such/program failed: No such file or directory" in gateway.failing("typo")
+        assert "container can't be started: " in gateway.failing("bare")
+        assert "image 'acme/no-such-image:1' is not on the Docker engine" in gateway.failing("gone")
+        assert "no: ${CONTAINER_SECRET}" in gateway.failing("secret")
         assert "hush-hush-hush" not in "".join(gateway.lines)
     assert no_containers(docker)
 
@@ -207,7 +198,7 @@ def test_K18_RB62_a_name_that_is_taken(docker: Engine, tmp_path: Path) -> None:
     try:
         entries = [docker.entry("box", runtime={"container_name": "taken-by-others"})]
         with RunningGateway(tmp_path, entries) as gateway:
-            text = failing(gateway, "box")
+            text = gateway.failing("box")
             assert "container_name 'taken-by-others' is taken by a container of somebody else" in text
             docker.api("DELETE", f"/containers/{taken}")
             gateway.json("POST", "/servers/box/start")
@@ -302,7 +293,7 @@ reply(json.dumps(found))
         assert host["Init"] is True and not host["Privileged"] and not host["Binds"]
         assert host["LogConfig"]["Type"] == "none"
 
-        text = failing(gateway, "tight", "act", code="kept['x'] = bytearray(b'1') * (200 << 20); reply()")
+        text = gateway.failing("tight", "act", code="kept['x'] = bytearray(b'1') * (200 << 20); reply()")
         assert "ut of memory (limit 64 MiB)" in text, text
         assert "does not limit" not in "".join(gateway.lines)
 
@@ -362,9 +353,9 @@ def test_D6_K19_places_of_the_machine_are_refused_unless_named(docker: DockerEng
     entries = [actor(docker, name, runtime={"volumes": [volume]}) for name, volume in volumes.items()]
     with RunningGateway(tmp_path, entries) as gateway:
         for name in ("root", "etc", "socket", "above", "sly"):
-            text = failing(gateway, name, "act", code="reply()")
+            text = gateway.failing(name, "act", code="reply()")
             assert "must not be mounted" in text and "docker.allowed_paths" in text, text
-        assert "does not exist" in failing(gateway, "missing", "act", code="reply()")
+        assert "does not exist" in gateway.failing("missing", "act", code="reply()")
         assert act(gateway, "fine", "reply(open('/data/f').read())") == "mine"
         code = "import errno\ntry:\n open('/data/g', 'w')\nexcept OSError as e:\n reply(errno.errorcode[e.errno])"
         assert act(gateway, "fine", code) == "EROFS"
@@ -373,7 +364,7 @@ def test_D6_K19_places_of_the_machine_are_refused_unless_named(docker: DockerEng
     config = {"docker": {"allowed_paths": ["/etc/ssl"]}}
     with RunningGateway(tmp_path, entries, config=config) as gateway:
         assert act(gateway, "etc", "reply(str(os.path.isdir('/x/certs')))") in ("True", "False")
-        text = failing(gateway, "fine", "act", code="reply()")
+        text = gateway.failing("fine", "act", code="reply()")
         assert "docker.allowed_paths names neither it nor a folder above it" in text
     assert no_containers(docker)
 
@@ -406,9 +397,9 @@ def test_K19_K21_volumes_of_the_engine_and_an_env_file(engine: Engine, tmp_path:
             assert act(gateway, "box", "reply(open('/data/f').read() + open('/fresh/f').read())") == "keptkept"
             code = "import errno\ntry:\n open('/data/g', 'w')\nexcept OSError as e:\n reply(errno.errorcode[e.errno])"
             assert act(gateway, "reader", code) == "EROFS"
-            text = failing(gateway, "sly", "act", code="reply()")
+            text = gateway.failing("sly", "act", code="reply()")
             assert f"volume '{sly}' is /etc, which must not be mounted" in text, text
-            assert "none.env' can't be read: no such file" in failing(gateway, "lost", "act", code="reply()")
+            assert "none.env' can't be read: no such file" in gateway.failing("lost", "act", code="reply()")
         assert no_containers(engine)
     finally:
         for name in (*made, fresh):
@@ -425,13 +416,13 @@ def test_D7_K28_without_an_engine_the_rest_works(tmp_path: Path) -> None:
     ]
     nowhere = {"DOCKER_HOST": "", "CONTAINER_HOST": "", "XDG_RUNTIME_DIR": f"{tmp_path}/run", "HOME": str(tmp_path)}
     with RunningGateway(tmp_path, entries, env=nowhere) as gateway:
-        text = failing(gateway, "box")
+        text = gateway.failing("box")
         assert "no Docker engine can be reached: tried unix:///var/run/docker.sock (" in text
         assert f"unix://{tmp_path}/run/docker.sock (no such file or directory)" in text
-        text = failing(gateway, "pod")
+        text = gateway.failing("pod")
         own, common = f"unix://{tmp_path}/run/podman/podman.sock (", "unix:///run/podman/podman.sock ("
         assert text.index(own) < text.index(common)
-        assert f"unix://{tmp_path}/none.sock (no such file or directory) can't be reached" in failing(gateway, "far")
+        assert f"unix://{tmp_path}/none.sock (no such file or directory) can't be reached" in gateway.failing("far")
         assert gateway.call("here", "echo", {"text": "still"}) == "still"
 
 

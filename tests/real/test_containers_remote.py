@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import socket
-import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -109,14 +108,6 @@ def remote(
         made.engine.close()
 
 
-def failing(gateway: RunningGateway, id: str) -> str:
-    """What a call that must fail with 502 is told."""
-    body = {"server_id": id, "jsonrpc": "2.0", "id": 1, "method": "tools/list"}
-    status, _, data = gateway.http("POST", "/mcp", body, timeout=90)
-    assert status == 502, (status, data)
-    return str(json.loads(data)["message"])
-
-
 # ----------------------------------------------------------------------------------------------------------------- TLS
 def test_K17_D3_streams_over_tls(remote: Remote, tmp_path: Path) -> None:
     entries = [remote.entry("box", max_message_bytes=8_000_000), remote.entry("here")]
@@ -166,7 +157,7 @@ def test_K17_certificates_that_are_wrong_are_told_with_the_engines_address(remot
     for name in (*mixed, "nowhere"):
         variables = remote.variables(DOCKER_CERT_PATH=str(tmp_path / name))
         with RunningGateway(tmp_path, [remote.entry("box")], env=variables) as gateway:
-            told[name] = failing(gateway, "box")
+            told[name] = gateway.failing("box")
     assert all(remote.address in text for text in told.values()), told
     assert "TLS failed: " in told["untrusted"] and "issuer certificate" in told["untrusted"]
     for name in ("foreign", "anonymous"):
@@ -174,20 +165,12 @@ def test_K17_certificates_that_are_wrong_are_told_with_the_engines_address(remot
     assert "there is no key.pem" in told["half"] and "there is no ca.pem" in told["nowhere"]
     variables = remote.variables(DOCKER_TLS_VERIFY="")
     with RunningGateway(tmp_path, [remote.entry("box")], env=variables) as gateway:
-        assert "Client sent an HTTP request to an HTTPS server" in failing(gateway, "box")
+        assert "Client sent an HTTP request to an HTTPS server" in gateway.failing("box")
 
 
 async def test_K17_strict_pythons_take_the_certificates_of_dockers_documentation(
     remote: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lax = ssl.create_default_context
-
-    def strict(*args: Any, **keys: Any) -> ssl.SSLContext:
-        context = lax(*args, **keys)
-        context.verify_flags |= ssl.VERIFY_X509_STRICT  # as from Python 3.13 on
-        return context
-
-    monkeypatch.setattr(ssl, "create_default_context", strict)
     async with find_engine("docker", "", remote.variables()) as found:
         assert found.where == remote.address
 
@@ -219,7 +202,7 @@ def test_K17_RB62_a_docker_context_with_certificates_of_its_own(remote: Remote, 
         wait_until(lambda: not remote.engine.containers(), SLOW)
         second.wait_for_line("which a killed gateway has left")
     with RunningGateway(tmp_path, entries, env={**variables, "DOCKER_CONTEXT": "lost"}) as gateway:
-        assert "docker context 'lost' can't be used: " in failing(gateway, "box"), "and no other engine is taken"
+        assert "docker context 'lost' can't be used: " in gateway.failing("box"), "and no other engine is taken"
 
 
 def test_K17_an_address_that_needs_ssh_says_what_to_do(remote: Remote, tmp_path: Path) -> None:
@@ -230,7 +213,7 @@ def test_K17_an_address_that_needs_ssh_says_what_to_do(remote: Remote, tmp_path:
     entries.append(remote.entry("own", runtime={"host": "ssh://ada@engine.example.com"}))
     with RunningGateway(tmp_path, entries, env=variables) as gateway:
         for id, source in (("box", "docker context 'shell'"), ("pod", "CONTAINER_HOST"), ("own", "host")):
-            assert f"{source} ssh:// is not supported; forward the engine's socket (ssh -L)" in failing(gateway, id)
+            assert f"{source} ssh:// is not supported; forward the engine's socket (ssh -L)" in gateway.failing(id)
 
 
 # ----------------------------------------------------------------------------------------------------------------- HTTP

@@ -54,9 +54,7 @@ def token(kube: Kube, namespace: str) -> str:
             "subjects": [{"kind": "ServiceAccount", "name": "gateway", "namespace": namespace}],
         },
     )
-    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/gateway/token"
-    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
-    return str(json.loads(kube.kubectl("create", "--raw", path, "-f", "-", given=request))["status"]["token"])
+    return kube.token(namespace, "gateway")
 
 
 @pytest.fixture
@@ -107,13 +105,6 @@ def call(gateway: RunningGateway, id: str, tool: str, **arguments: Any) -> tuple
     body["params"] = {"name": tool, "arguments": arguments}
     status, _, data = gateway.http("POST", "/mcp", body, timeout=120)
     return status, json.loads(data)
-
-
-def failing(gateway: RunningGateway, id: str, tool: str = "echo", **arguments: Any) -> str:
-    """What a call that must fail with 502 is told."""
-    status, found = call(gateway, id, tool, **(arguments or {"text": "x"}))
-    assert status == 502, (status, found, "\n".join(gateway.lines[-60:]))
-    return str(found["message"])
 
 
 def wait_gone(kube: Kube, namespace: str) -> None:
@@ -290,7 +281,7 @@ def test_E6_RB61_what_can_not_start_says_why(kube: Kube, namespace: str, env: di
     }
     with RunningGateway(tmp_path, boxes, env=env, config={"max_parallel_starts": 16}) as gateway:
         with concurrent.futures.ThreadPoolExecutor(len(boxes)) as pool:
-            found = dict(zip(told, pool.map(lambda id: failing(gateway, id), told), strict=True))
+            found = dict(zip(told, pool.map(lambda id: gateway.failing(id), told), strict=True))
         for id, text in told.items():
             assert text in found[id], (id, found[id])
         wait_gone(kube, namespace)
@@ -306,7 +297,7 @@ def test_E6_K26_a_quota_says_so(kube: Kube, namespace: str, env: dict[str, str],
             lambda: kube.items("resourcequotas", namespace)[0].get("status", {}).get("hard"), "the quota counts"
         )
         with RunningGateway(tmp_path, [entry(kube, namespace)], env=env) as gateway:
-            message = failing(gateway, "box")
+            message = gateway.failing("box")
             assert "makes no pod for Job" in message and "exceeded quota: small" in message
     finally:
         kube.kubectl("-n", namespace, "delete", "resourcequota", "small")
@@ -329,7 +320,7 @@ def test_E6_RB64_what_ends_a_pod_is_told_and_the_next_call_has_another(
             said = token_hex(4)
             long = {"code": f"say({said!r}); time.sleep(25); reply()", "aside": True}
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                told = pool.submit(failing, gateway, "box", "act", **long)
+                told = pool.submit(gateway.failing, "box", "act", **long)
                 gateway.wait_for_line(said)
                 begun = time.monotonic()
                 disturb(shown["pod"])
@@ -345,15 +336,8 @@ def test_E6_RB64_what_ends_a_pod_is_told_and_the_next_call_has_another(
         def act(code: str) -> None:
             call(gateway, "box", "act", code=code)
 
-        def evict(pod: str) -> None:
-            eviction = {"apiVersion": "policy/v1beta1", "kind": "Eviction", "metadata": {"name": pod}}
-            eviction["metadata"]["namespace"] = namespace  # type: ignore[index]
-            path = f"/api/v1/namespaces/{namespace}/pods/{pod}/eviction"
-            kube.kubectl("create", "--raw", path, "-f", "-", given=eviction)
-
-        assert "pod was evicted or deleted" in during(evict)
-        force = ("--force", "--grace-period=0", "--wait=false")
-        assert "deleted" in during(lambda pod: kube.kubectl("-n", namespace, "delete", "pod", pod, *force))
+        assert "pod was evicted or deleted" in during(lambda pod: kube.evict(namespace, pod))
+        assert "deleted" in during(lambda pod: kube.kill_pod(namespace, pod))
         assert "container exited with code 9" in during(lambda pod: act("os._exit(9)"))
         assert "ran out of memory (OOMKilled, memory limit 48Mi" in during(
             lambda pod: act("kept[1] = b'x' * (200 << 20)")
@@ -369,20 +353,14 @@ def test_E6_RB63_watches_are_cut_expire_and_are_refused(
         gateway.call("box", "echo", {"text": "up"})
         kube.wait_for(lambda: proxy.times("watch=true"), "a watch")
         for fault in (410, 500, 429, 401):
-            proxy.answer("watch=true", fault, **({"Retry_After": "2"} if fault == 429 else {}))
-            count = len(proxy.times("watch=true"))
-            assert proxy.cut("watch=true") == 1
-            kube.wait_for(lambda count=count: len(proxy.times("watch=true")) >= count + 2, f"a watch after {fault}")
-            if fault == 429:
-                first, second = proxy.times("watch=true")[count : count + 2]
-                assert second - first >= 2
+            first, second = proxy.refuse_watch(fault, **({"Retry_After": "2"} if fault == 429 else {}))
+            assert fault != 429 or second - first >= 2
             assert gateway.call("box", "echo", {"text": "kept"}) == "kept"
         assert len(jobs(kube, namespace)) == 1
         proxy.answer("watch=true", 410)
         (shown,) = gateway.json("GET", "/servers/box")["instances"]
         proxy.cut("watch=true")
-        force = ("--force", "--grace-period=0", "--wait=false")
-        kube.kubectl("-n", namespace, "delete", "pod", shown["pod"], *force)
+        kube.kill_pod(namespace, shown["pod"])
         kube.wait_for(lambda: gateway.json("GET", "/servers/box")["status"] == "stopped", "its end is noticed", 30)
         assert gateway.call("box", "echo", {"text": "again"}) == "again"
 
@@ -398,7 +376,7 @@ def test_E6_RB63_the_api_is_away_for_a_minute_and_comes_back(
         proxy.away = True
         begun = time.monotonic()
         kube.wait_for(lambda: gateway.json("GET", "/servers/box")["status"] != "running", "the loss is noticed", 20)
-        message = failing(gateway, "box")
+        message = gateway.failing("box")
         assert f"({proxy.url})" in message or proxy.url in message
         assert call(gateway, "here", "echo", text="unharmed")[0] == 200
         while time.monotonic() < begun + AWAY:
@@ -429,7 +407,7 @@ def test_E6_RB63_a_rotated_token_is_read_again(kube: Kube, namespace: str, token
     path.write_text("expired")
     env = {"KUBECONFIG": str(kube.user_config(tmp_path, {"tokenFile": str(path)}))}
     with RunningGateway(tmp_path, [entry(kube, namespace)], env=env) as gateway:
-        assert "401 Unauthorized" in failing(gateway, "box")
+        assert "401 Unauthorized" in gateway.failing("box")
         path.write_text(token)
         kube.wait_for(lambda: call(gateway, "box", "echo", text="in")[0] == 200, "the new token", SLOW)
 
@@ -437,12 +415,10 @@ def test_E6_RB63_a_rotated_token_is_read_again(kube: Kube, namespace: str, token
 def test_E2_rights_that_are_missing_are_named(kube: Kube, namespace: str, tmp_path: Path) -> None:
     name = f"nobody-{token_hex(2)}"
     kube.kubectl("-n", namespace, "create", "serviceaccount", name)
-    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token"
-    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
-    token = json.loads(kube.kubectl("create", "--raw", path, "-f", "-", given=request))["status"]["token"]
+    token = kube.token(namespace, name)
     env = {"KUBECONFIG": str(kube.user_config(tmp_path, {"token": token}))}
     with RunningGateway(tmp_path, [entry(kube, namespace)], env=env) as gateway:
-        message = failing(gateway, "box")
+        message = gateway.failing("box")
         assert 'cannot create resource "jobs" in API group "batch" in the namespace' in message
         assert token not in message
 

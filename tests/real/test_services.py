@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
 import string
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,13 @@ import pytest
 import trio
 from ruamel.yaml import YAML
 from running import RunningGateway, command
-from services import SDK_IMAGE, Cluster, account, rule, service, until, workload
+from services import SDK_IMAGE, Cluster, account, call, in_pod, rule, service, spoken_to, until, workload
 
-from gateway.errors import GatewayError, LinkLost, StartFailed
+from gateway.errors import GatewayError, StartFailed
 from gateway.protocol.eras import Era
-from gateway.runtimes.base import Origin, Surroundings
+from gateway.runtimes.base import Surroundings
 from gateway.runtimes.k8s_service import K8sServiceSpec, Scale, open_service
-from gateway.runtimes.kubernetes import access as cluster_access
-from gateway.runtimes.kubernetes import api as kube_api
-from gateway.upstream.connect import Terms, UpstreamLink, connect
+from gateway.upstream.connect import UpstreamLink
 from tests.clusters import Kube
 
 pytestmark = pytest.mark.real
@@ -54,7 +50,7 @@ def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         cluster.apply(workload(namespace, "tools", 2), service(namespace, "tools"))
         for number, rules in enumerate(WAYS.values()):
             cluster.apply(*account(namespace, f"way-{number}", *rules))
-        until(lambda: ready(cluster, namespace, "tools") == 2, PATIENCE)
+        until(lambda: cluster.ready(namespace, "tools") == 2, PATIENCE)
         yield Place(cluster, namespace, tmp_path_factory.mktemp("accounts"))
 
 
@@ -83,48 +79,8 @@ class Place:
         return in_pod(
             folder if folder.exists() else self.cluster.pod_folder(self.folder, self.namespace, name),
             monkeypatch,
-            self.cluster,
+            self.cluster.server,
         )
-
-
-def in_pod(folder: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> dict[str, str]:
-    """Have the runtime believe that it runs in a pod with this service account: pods' addresses are reachable here."""
-    find = functools.partial(cluster_access.find_access, service_account=folder)
-    monkeypatch.setattr(kube_api, "find_access", find)
-    host, _, port = cluster.server.removeprefix("https://").partition(":")
-    return {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
-
-
-def ready(cluster: Cluster, namespace: str, name: str) -> int:
-    """Ready addresses behind a Service."""
-    found = cluster.get(namespace, "endpoints", name)
-    return sum(len(subset.get("addresses") or []) for subset in found.get("subsets") or [])
-
-
-def replicas(cluster: Cluster, namespace: str, name: str) -> int:
-    return int(cluster.get(namespace, "deployment", name)["spec"]["replicas"])
-
-
-@asynccontextmanager
-async def spoken_to(origin: Origin, *eras: Era) -> AsyncIterator[UpstreamLink]:
-    info = {"name": "test", "version": "1"}
-    terms = Terms("s", lambda message: None, lambda ask: False, info, eras=eras or (Era.MODERN, Era.LEGACY), timeout=30)
-    async with connect(origin, terms) as link:
-        yield link
-
-
-async def call(link: UpstreamLink, tool: str, *, tries: int = 1, **arguments: Any) -> str:
-    """A tool's text. ``tries``: the proxies of this old API cut one event stream in a hundred short, which is told."""
-    while True:
-        try:
-            reply = await link.request("tools/call", json.dumps({"name": tool, "arguments": arguments}), timeout=60)
-            break
-        except LinkLost as error:
-            tries -= 1
-            if not tries or "dropped the connection" not in error.message:
-                raise
-    assert "content" in reply.result, reply.text
-    return str(reply.result["content"][0]["text"])
 
 
 async def host(link: UpstreamLink, tries: int = 1) -> str:
@@ -194,7 +150,7 @@ async def test_K27_pods_that_speak_https_are_checked_for_the_service_s_name(
     monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
     environ = place.environ(way, monkeypatch)
     await trio.to_thread.run_sync(
-        until, lambda: ready(cluster, namespace, safe) == ready(cluster, namespace, false) == 1, PATIENCE
+        until, lambda: cluster.ready(namespace, safe) == cluster.ready(namespace, false) == 1, PATIENCE
     )
     with trio.fail_after(PATIENCE):
         around = Surroundings("s", {}, environ=environ)
@@ -228,8 +184,7 @@ async def test_E6_RB64_a_session_whose_pod_is_killed_goes_on_at_another(
         around = Surroundings("s", {}, environ=environ)
         async with open_service(place.spec(), around) as origin, spoken_to(origin, Era.LEGACY) as link:
             home = await host(link)
-            words = ("-n", place.namespace, "delete", "pod", home, "--grace-period=0", "--force", "--wait=false")
-            await trio.to_thread.run_sync(lambda: place.cluster.kubectl(*words))
+            await trio.to_thread.run_sync(place.cluster.kube.kill_pod, place.namespace, home)
             began = trio.current_time()
             while True:
                 # What is sent before the cluster knows that the pod is gone may fail, and says why.
@@ -240,7 +195,7 @@ async def test_E6_RB64_a_session_whose_pod_is_killed_goes_on_at_another(
                     await trio.sleep(0.2)
             assert now != home
             assert trio.current_time() - began <= 30
-    until(lambda: ready(place.cluster, place.namespace, "tools") == 2, PATIENCE)
+    until(lambda: place.cluster.ready(place.namespace, "tools") == 2, PATIENCE)
 
 
 async def test_K27_E6_what_is_not_there_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +248,7 @@ class Scaled:
 
     @property
     def replicas(self) -> int:
-        return replicas(self.cluster, self.namespace, self.name)
+        return self.cluster.replicas(self.namespace, self.name)
 
     def down(self, seconds: float = 30) -> None:
         until(lambda: self.replicas == 0, seconds, "it is not taken down")
@@ -447,7 +402,7 @@ async def test_E2_D13_the_account_can_do_all_that_its_servers_take_and_nothing_e
     for made in emitted(tmp_path, namespace, "--namespaces", "none"):
         if made["kind"] in ("ServiceAccount", "Role", "RoleBinding"):
             cluster.apply(made)
-    environ = in_pod(cluster.pod_folder(tmp_path, namespace, "mcp-gateway"), monkeypatch, cluster)
+    environ = in_pod(cluster.pod_folder(tmp_path, namespace, "mcp-gateway"), monkeypatch, cluster.server)
     spec = K8sServiceSpec(namespace, "lazy", 80, scale=Scale("Deployment", "lazy"))
     said: list[str] = []
     around = Surroundings("s", {}, environ=environ, progress=lambda text, extend=False: said.append(text))
@@ -539,7 +494,7 @@ def running_inside(
             )
             cluster.kubectl("-n", namespace, *words)
             cluster.apply(*map(fitting, objects))
-            until(lambda: ready(cluster, namespace, "mcp-gateway") == 1, PATIENCE, "the gateway's pod is not ready")
+            until(lambda: cluster.ready(namespace, "mcp-gateway") == 1, PATIENCE, "the gateway's pod is not ready")
             (pod,) = [p for p in cluster.list(namespace, "pods") if "mcp-gateway" in p["metadata"]["name"]]
             return str(pod["status"]["podIP"])
 

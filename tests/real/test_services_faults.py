@@ -7,7 +7,6 @@ run with the rights that ``emit`` gives them, and a token of their own.
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import json
 import time
 from collections.abc import Iterator
@@ -18,15 +17,12 @@ import attrs
 import pytest
 import trio
 from running import RunningGateway, echo_entry
-from services import Cluster, account, rule, service, until, workload
+from services import Cluster, account, call, in_pod, rule, service, spoken_to, until, workload
 
 from gateway.errors import GatewayError
 from gateway.protocol.eras import Era
 from gateway.runtimes.base import Surroundings
 from gateway.runtimes.k8s_service import K8sServiceSpec, open_service
-from gateway.runtimes.kubernetes import access as cluster_access
-from gateway.runtimes.kubernetes import api as kube_api
-from gateway.upstream.connect import Terms, UpstreamLink, connect
 from tests.clusters import Kube
 from tests.fixtures.api_proxy import ApiProxy, kubeconfig
 
@@ -71,26 +67,13 @@ class Place:
         config = {"request_timeout_seconds": 90}
         return RunningGateway(self.folder, list(entries), config=config, env={"KUBECONFIG": str(path)})
 
-    def ready(self) -> int:
-        found = self.cluster.get(self.namespace, "endpoints", "tools")
-        return sum(len(subset.get("addresses") or []) for subset in found.get("subsets") or [])
-
     def scale(self, replicas: int) -> None:
         self.cluster.kubectl("-n", self.namespace, "scale", "deployment", "tools", f"--replicas={replicas}")
-        until(lambda: self.ready() == replicas, PATIENCE, f"{replicas} pods")
+        until(lambda: self.cluster.ready(self.namespace, "tools") == replicas, PATIENCE, f"{replicas} pods")
 
     @property
     def replicas(self) -> int:
-        return int(self.cluster.get(self.namespace, "deployment", "tools")["spec"]["replicas"])
-
-    def evict(self, pod: str) -> None:
-        meta = {"name": pod, "namespace": self.namespace}
-        eviction = {"apiVersion": "policy/v1beta1", "kind": "Eviction", "metadata": meta}
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction"
-        self.cluster.kubectl("create", "--raw", path, "-f", "-", given=eviction)
-
-    def delete(self, pod: str) -> None:
-        self.cluster.kubectl("-n", self.namespace, "delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
+        return self.cluster.replicas(self.namespace, "tools")
 
 
 @pytest.fixture
@@ -114,15 +97,6 @@ def answers(gateway: RunningGateway, text: str = "x") -> bool:
     return bool(found.get("result", {}).get("content", [{}])[0].get("text") == text)
 
 
-def refused(gateway: RunningGateway) -> str:
-    """What a call that must fail with 502 is told."""
-    body = {"server_id": "s", "jsonrpc": "2.0", "id": 1, "method": "tools/call"}
-    body["params"] = {"name": "echo", "arguments": {"text": "x"}}
-    status, _, data = gateway.http("POST", "/mcp", body, timeout=120)
-    assert status == 502, (status, data)
-    return str(json.loads(data)["message"])
-
-
 def pods_of(gateway: RunningGateway) -> list[str]:
     """The pods that the gateway knows."""
     (shown,) = gateway.json("GET", "/servers/s")["instances"]
@@ -137,18 +111,13 @@ def test_E6_RB63_watches_are_cut_expire_and_are_refused(place: Place) -> None:
         assert answers(gateway)
         until(lambda: proxy.times(WATCH), why="no watch")
         for fault in (410, 500, 429, 401):
-            proxy.answer(WATCH, fault, **({"Retry_After": "2"} if fault == 429 else {}))
-            count = len(proxy.times(WATCH))
-            assert proxy.cut(WATCH) == 1
-            until(lambda count=count: len(proxy.times(WATCH)) >= count + 2, why=f"no watch after {fault}")
-            if fault == 429:
-                first, second = proxy.times(WATCH)[count : count + 2]
-                assert second - first >= 2
+            first, second = proxy.refuse_watch(fault, **({"Retry_After": "2"} if fault == 429 else {}))
+            assert fault != 429 or second - first >= 2
             assert answers(gateway, "kept")
         (old,) = pods_of(gateway)
         proxy.answer(WATCH, 410)
         proxy.cut(WATCH)
-        place.delete(old)
+        place.cluster.kube.kill_pod(place.namespace, old)
         begun = time.monotonic()
         until(lambda: answers(gateway, "again"), PATIENCE)
         assert time.monotonic() - begun <= 30
@@ -166,7 +135,7 @@ def test_E6_RB63_the_api_is_away_for_a_minute(place: Place) -> None:
         proxy.away = True
         begun = time.monotonic()
         # One that was sent over a connection just when that was cut is told just so.
-        until(lambda: proxy.url.removeprefix("https://") in refused(gateway), 30, "nobody is told what is away")
+        until(lambda: proxy.url.removeprefix("https://") in gateway.failing("s"), 30, "nobody is told what is away")
         assert time.monotonic() - begun < 30, "the caller is told when nothing can be reached"
         assert gateway.call("here", "echo", {"text": "unharmed"}) == "unharmed"
         time.sleep(max(0.0, begun + AWAY - time.monotonic()))
@@ -196,7 +165,7 @@ def test_E6_RB63_a_rotated_token_is_read_again(place: Place) -> None:
     path = place.folder / "token"
     path.write_text("expired")
     with place.gateway(place.entry(), user={"tokenFile": str(path)}) as gateway:
-        assert "401 Unauthorized" in refused(gateway)
+        assert "401 Unauthorized" in gateway.failing("s")
         path.write_text(place.token)
         until(lambda: answers(gateway, "in"), 60, "the new token")
         # It expires while the server is up: the watch is told 401, the new one is read, and nobody notices.
@@ -222,9 +191,9 @@ def test_E6_RB64_callers_of_a_pod_that_ends_are_told_and_the_next_has_another(pl
             if end == "out of memory":
                 pool.submit(gateway.rest, "s", "tools/call", {"name": "fill", "arguments": {"megabytes": 400}})
             elif end == "evicted":
-                place.evict(pod)
+                place.cluster.kube.evict(place.namespace, pod)
             else:
-                place.delete(pod)
+                place.cluster.kube.kill_pod(place.namespace, pod)
             reply = told.result(60)
         assert "error" in reply, reply
         assert time.monotonic() - begun <= 20, "the call did not just end"
@@ -242,11 +211,6 @@ def _identity(place: Place, pod: str) -> tuple[str, int]:
 
 
 # ------------------------------------------------------------------------------------------------- inside the cluster
-async def _say(link: UpstreamLink, text: str) -> str:
-    reply = await link.request("tools/call", json.dumps({"name": "echo", "arguments": {"text": text}}), timeout=60)
-    return str(reply.result["content"][0]["text"])
-
-
 @pytest.mark.parametrize("era", [Era.LEGACY, Era.MODERN], ids=lambda era: era.value)
 async def test_E6_RB63_inside_the_cluster_calls_go_on_while_the_api_is_away(
     place: Place, era: Era, monkeypatch: pytest.MonkeyPatch
@@ -256,24 +220,19 @@ async def test_E6_RB63_inside_the_cluster_calls_go_on_while_the_api_is_away(
     await trio.to_thread.run_sync(place.scale, 2)
     folder = place.cluster.pod_folder(place.folder, place.namespace, "gateway")
     (folder / "ca.crt").write_text(Path(place.proxy.authority).read_text())
-    monkeypatch.setattr(kube_api, "find_access", functools.partial(cluster_access.find_access, service_account=folder))
-    host, _, port = place.proxy.url.removeprefix("https://").partition(":")
-    around = Surroundings("s", {}, environ={"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port})
-    terms = Terms(
-        "s", lambda message: None, lambda ask: False, {"name": "test", "version": "1"}, eras=(era,), timeout=30
-    )
+    around = Surroundings("s", {}, environ=in_pod(folder, monkeypatch, place.proxy.url))
     spec = K8sServiceSpec(place.namespace, "tools", "mcp")
     with trio.fail_after(AWAY + PATIENCE):
-        async with open_service(spec, around) as origin, connect(origin, terms) as link:
-            assert await _say(link, "before") == "before"
+        async with open_service(spec, around) as origin, spoken_to(origin, era) as link:
+            assert await call(link, "echo", text="before") == "before"
             await trio.to_thread.run_sync(setattr, place.proxy, "away", True)
             old = [each.partition(" ")[0] for each in origin.details["pods"]]
-            await trio.to_thread.run_sync(place.delete, old[0])
+            await trio.to_thread.run_sync(place.cluster.kube.kill_pod, place.namespace, old[0])
             end = trio.current_time() + AWAY
             failed = 0
             while trio.current_time() < end:
                 try:
-                    assert await _say(link, "meanwhile") == "meanwhile"
+                    assert await call(link, "echo", text="meanwhile") == "meanwhile"
                 except GatewayError:
                     failed += 1  # on its way to the pod that was killed
                 await trio.sleep(0.5)
@@ -284,4 +243,4 @@ async def test_E6_RB63_inside_the_cluster_calls_go_on_while_the_api_is_away(
                 len(origin.details["pods"]) < 2
             ):
                 await trio.sleep(0.2)
-            assert await _say(link, "after") == "after"
+            assert await call(link, "echo", text="after") == "after"

@@ -126,18 +126,8 @@ def test_K24_certificates_inline_and_in_files(tmp_path: Path) -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_K24_strict_pythons_take_what_a_cluster_s_own_authority_has_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_K24_strict_pythons_take_what_a_cluster_s_own_authority_has_made(tmp_path: Path, strict_tls: None) -> None:
     """Many clusters' certificates lack an Authority Key Identifier. Public authorities' do not."""
-    lax = ssl.create_default_context
-
-    def strict(*args: Any, **keys: Any) -> ssl.SSLContext:
-        context = lax(*args, **keys)
-        context.verify_flags |= ssl.VERIFY_X509_STRICT  # as from Python 3.13 on
-        return context
-
-    monkeypatch.setattr(ssl, "create_default_context", strict)
     own = found(one(tmp_path / "own", None, {"certificate-authority": str(TLS / "ca.pem")}))
     public = found(one(tmp_path / "public", None, {}))
     assert not tls_context(own, None, {}).verify_flags & ssl.VERIFY_X509_STRICT

@@ -254,12 +254,16 @@ async def test_E5_a_pod_that_is_listened_to_is_not_busy() -> None:
     assert abs(route.log.count("a") - route.log.count("b")) <= 1
 
 
-async def test_E1_a_session_stays_at_its_pod_and_ends_with_it() -> None:
-    route = FakeRoute(open_session)
-    endpoints = FakeEndpoints(*pods("a", "b"))
+async def in_session() -> tuple[FakeRoute, FakeEndpoints, Client, str, str]:
+    """A client in front of the pods "a" and "b", the one at which its session is, and the session."""
+    route, endpoints = FakeRoute(open_session), FakeEndpoints(*pods("a", "b"))
     client = Client(endpoints, route)
     opened = await client.post("initialize")
-    home, session = opened.text, opened.headers["mcp-session-id"]
+    return route, endpoints, client, opened.text, opened.headers["mcp-session-id"]
+
+
+async def test_E1_a_session_stays_at_its_pod_and_ends_with_it() -> None:
+    route, endpoints, client, home, session = await in_session()
     other = "b" if home == "a" else "a"
     assert {(await client.post(session=session)).text for _ in range(6)} == {home}
     # Not ready is not gone: the session lives on there, while other requests go elsewhere.
@@ -319,11 +323,7 @@ async def test_E6_who_takes_no_connection_comes_last_for_a_while(autojump_clock:
 
 
 async def test_E6_RB63_a_session_whose_pod_is_silent_ends_only_if_nobody_can_say_whether_it_is_there() -> None:
-    route = FakeRoute(open_session)
-    endpoints = FakeEndpoints(*pods("a", "b"))
-    client = Client(endpoints, route)
-    opened = await client.post("initialize")
-    home, session = opened.text, opened.headers["mcp-session-id"]
+    route, endpoints, client, home, session = await in_session()
     route.refusing = {home}
     with pytest.raises(httpx.ConnectError):
         await client.post(session=session)  # the cluster says that it is there
